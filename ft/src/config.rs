@@ -1,0 +1,231 @@
+//! Settings and reports of FT, in the JSON of the REST API.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+/// Body of PUT vm.ft-receive: wait for a primary.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FtReceiveConfig {
+    /// Where to listen: `tcp:HOST:PORT` or `unix:PATH`.
+    pub listen: String,
+    /// Arbiter, overrides the one that the primary names (same register, reached otherwise): `file:DIR`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub arbiter: Option<String>,
+    /// This host's files for the VM's disks, by device id; disks that are not named keep the primary's path.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub disks: Vec<FtDiskOverride>,
+    /// This host's taps for the VM's network devices, by device id.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub net: Vec<FtNetOverride>,
+    /// Where the guest's serial console output goes on this host (`off`, `null`, `tty`, or `file:PATH`); default: as on
+    /// the primary.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub serial: Option<String>,
+    /// The same for the virtio console.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub console: Option<String>,
+    /// Allow plain TCP beyond loopback.
+    #[serde(default)]
+    pub insecure: bool,
+}
+
+/// This host's file for a disk.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FtDiskOverride {
+    /// Device id, for example `_disk0`.
+    pub id: String,
+    /// Path on this host; made (sparse, right size) when it does not exist.
+    pub path: PathBuf,
+}
+
+/// This host's tap for a network device.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FtNetOverride {
+    /// Device id, for example `_net1`.
+    pub id: String,
+    /// Name of the tap on this host.
+    pub tap: String,
+}
+
+/// Body of PUT vm.ft-enable.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FtEnableConfig {
+    /// The backup's log channel: `tcp:HOST:PORT` or `unix:PATH`.
+    pub peer: String,
+    /// Arbiter: `file:DIR`. Default: the VMM's `--ft-arbiter`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub arbiter: Option<String>,
+    /// Allow plain TCP beyond loopback.
+    #[serde(default)]
+    pub insecure: bool,
+    /// Limits; can be changed later with vm.ft-config.
+    #[serde(default)]
+    pub limits: FtLimits,
+}
+
+/// Limits of the epoch controller and the failure detector; every field is optional in JSON.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct FtLimits {
+    /// Longest epoch in milliseconds, 1 to 10,000. An idle VM makes one epoch in this time.
+    pub max_epoch_ms: u32,
+    /// Shortest epoch in microseconds, 0 to 1,000,000: outputs waiting do not end an epoch earlier.
+    pub min_epoch_us: u32,
+    /// Dirty RAM or logged bytes of the running epoch, in MiB, at which it ends (1 to 65,536).
+    pub max_epoch_mib: u32,
+    /// Bound on bytes held for epochs that are not committed, in MiB; beyond half of it the guest is slowed down, at the bound it waits.
+    pub max_lag_mib: u32,
+    /// Heartbeat interval in milliseconds, 5 to 10,000.
+    pub heartbeat_ms: u32,
+    /// Silence after which the other side counts as dead, in milliseconds; at least 3 heartbeats.
+    pub heartbeat_timeout_ms: u32,
+    /// Rate limit of pre-copy in MiB/s; 0 = none.
+    pub precopy_mib_s: u32,
+}
+
+impl Default for FtLimits {
+    fn default() -> Self {
+        Self {
+            max_epoch_ms: 100,
+            min_epoch_us: 500,
+            max_epoch_mib: 64,
+            max_lag_mib: 512,
+            heartbeat_ms: 50,
+            heartbeat_timeout_ms: 500,
+            precopy_mib_s: 0,
+        }
+    }
+}
+
+/// FT's state on this VMM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FtState {
+    /// FT is off.
+    Disabled,
+    /// Backup: waits for a primary.
+    Listening,
+    /// Pre-copy of RAM and disks runs; not yet protected.
+    Syncing,
+    /// The last committed epoch can be taken over.
+    Protected,
+    /// The VM runs alone after its peer was lost (the arbiter was won).
+    Solo,
+    /// Backup: the arbiter was won, the VM is being activated.
+    TakingOver,
+    /// The peer is lost and the arbiter does not answer: outputs are held, nothing runs on alone (R4).
+    WaitingForArbiter,
+    /// This side lost the arbitration or handed over its role; its VM does not run.
+    Stopped,
+    /// FT failed; see `reason`.
+    Failed,
+}
+
+/// This VMM's part.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FtRole {
+    /// Neither.
+    None,
+    /// Runs the VM.
+    Primary,
+    /// Holds its shadow.
+    Backup,
+}
+
+/// Last, mean and 99th percentile of a measure.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
+pub struct FtStat {
+    /// Newest value.
+    pub last: f64,
+    /// Mean since FT was enabled.
+    pub mean: f64,
+    /// 99th percentile (of the last few thousand values).
+    pub p99: f64,
+}
+
+/// Progress of pre-copy.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
+pub struct FtProgress {
+    /// RAM bytes sent, over all passes.
+    pub ram_bytes_sent: u64,
+    /// RAM bytes still to send in this pass.
+    pub ram_bytes_remaining: u64,
+    /// Size of guest RAM.
+    pub ram_bytes_total: u64,
+    /// Disk bytes sent, over all passes.
+    pub disk_bytes_sent: u64,
+    /// Disk bytes still to send in this pass.
+    pub disk_bytes_remaining: u64,
+    /// Size of all replicated disks.
+    pub disk_bytes_total: u64,
+    /// Bytes per second, recent.
+    pub rate: f64,
+    /// Estimated seconds left.
+    pub seconds_left: f64,
+}
+
+/// Body of GET vm.ft-info.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct FtInfo {
+    /// State on this VMM.
+    pub state: FtState,
+    /// Role of this VMM.
+    pub role: FtRole,
+    /// Why, when the state is `failed`, `stopped` or `solo`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+    /// The other side's address.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub peer: Option<String>,
+    /// Arbiter in use.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub arbiter: Option<String>,
+    /// Generation that this side last knew to be won.
+    pub generation: u64,
+    /// Running epoch (backup: epoch being received).
+    pub epoch: u64,
+    /// Last committed epoch.
+    pub committed: u64,
+    /// Flush durability policy (R5); `memory-of-both`: a completed flush of a committed epoch is in both hosts' memory or disk.
+    pub durability: String,
+    /// Limits in force.
+    pub limits: FtLimits,
+    /// Pre-copy.
+    pub progress: FtProgress,
+    /// Epochs committed since FT was enabled.
+    pub epochs_total: u64,
+    /// Epoch length in ms.
+    pub epoch_ms: FtStat,
+    /// Time the guest stood still per epoch, in ms.
+    pub pause_ms: FtStat,
+    /// Dirty pages per epoch.
+    pub dirty_pages: FtStat,
+    /// Log-channel bytes per epoch.
+    pub epoch_bytes: FtStat,
+    /// Time from the end of an epoch to its commit, in ms.
+    pub commit_ms: FtStat,
+    /// Time outputs were held, in ms: the latency added.
+    pub added_latency_ms: FtStat,
+    /// Outputs released per epoch.
+    pub held_outputs: FtStat,
+    /// Outputs held now.
+    pub outputs_waiting: u64,
+    /// Log-channel bytes sent (backup: received) in all.
+    pub bytes_sent: u64,
+    /// Bytes that wait for the backup now.
+    pub lag_bytes: u64,
+    /// Share of the time the guest may run, percent; below 100 when it is slowed down.
+    pub run_percent: u8,
+    /// Backup, after a failover: milliseconds from the last sign of life of the primary to its detected loss.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub detection_ms: Option<f64>,
+    /// Backup, after a failover: milliseconds from detection to the resumed guest.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub activation_ms: Option<f64>,
+}

@@ -1,0 +1,192 @@
+//! The machine, as FT sees it.
+//!
+//! The VMM implements [`Protected`] (the running VM on the primary), [`ShadowHost`] and [`Shadow`] (the VM's shadow on
+//! the backup). FT implements the holding and logging of outputs and inputs ([`crate::interposer::Interposer`]), which
+//! the VMM's device workers call.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+use crate::interposer::Interposer;
+
+/// Guest page size in bytes.
+pub const PAGE_SIZE: usize = 4096;
+
+/// What must be equal on both sides, and what the backup builds its shadow from.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Identity {
+    /// Stable id of the VM (also names it in the arbiter).
+    pub vm_id: String,
+    /// Version of the VMM, and of its saved-state format.
+    pub vmm_version: String,
+    /// VmConfig as JSON; FT does not look into it.
+    pub config: String,
+    /// Guest RAM: (guest physical address, size in bytes), ascending.
+    pub memory: Vec<(u64, u64)>,
+    /// Number of vCPUs.
+    pub vcpus: u32,
+    /// Guest-visible CPU features, one name per feature word (for example `leaf 0x7.0 ebx` -> value), ascending.
+    pub cpu_features: Vec<(String, u32)>,
+    /// Guest TSC frequency in kHz.
+    pub tsc_khz: u32,
+    /// Disks in the order of their indexes.
+    pub disks: Vec<DiskIdentity>,
+    /// Number of network devices.
+    pub nics: u32,
+}
+
+/// One disk.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskIdentity {
+    /// Device id, for example `_disk0`.
+    pub id: String,
+    /// Size in bytes.
+    pub size: u64,
+    /// The guest cannot write it: it is not copied, the backup must have it already (same size).
+    pub readonly: bool,
+}
+
+/// A failed call into the machine.
+#[derive(Debug, Error)]
+#[error("{0}")]
+pub struct MachineError(pub String);
+
+/// Pages of guest RAM: `count` pages from guest physical address `gpa` on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PageRun {
+    /// Guest physical address of the first page.
+    pub gpa: u64,
+    /// Number of pages.
+    pub count: u64,
+}
+
+/// An output that may leave the VM once its epoch is committed (rule R1).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Output {
+    /// A frame with its vnet header.
+    Frame {
+        /// Index of the network device.
+        nic: u16,
+        /// The frame.
+        data: Vec<u8>,
+    },
+    /// Console bytes.
+    Console {
+        /// Index of the console (0: serial, 1: virtio-console).
+        console: u16,
+        /// The bytes.
+        data: Vec<u8>,
+    },
+}
+
+/// An input that the guest of the primary was given, kept for the resumed guest (rule R8).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Input {
+    /// A received frame with its vnet header.
+    Frame {
+        /// Index of the network device.
+        nic: u16,
+        /// The frame.
+        data: Vec<u8>,
+    },
+}
+
+/// A change of a replicated disk (rule R3), in the order in which the guest's requests were started.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum DiskChange {
+    /// Bytes written.
+    Write {
+        /// First byte.
+        offset: u64,
+        /// The bytes.
+        data: Vec<u8>,
+    },
+    /// The range reads as zeroes.
+    Zero {
+        /// First byte.
+        offset: u64,
+        /// Length in bytes.
+        len: u64,
+        /// The backing store may be given back.
+        unmap: bool,
+    },
+    /// A flush that the guest saw completed.
+    Flush,
+}
+
+/// The running VM. Methods may be called from FT's own threads; `pause`..`resume` pairs never nest.
+pub trait Protected: Send + Sync {
+    /// What the backup needs to build the shadow.
+    fn identity(&self) -> Result<Identity, MachineError>;
+    /// Starts logging of dirty pages and dirty disk blocks (both complete from here on).
+    fn start_tracking(&self) -> Result<(), MachineError>;
+    /// Ends it.
+    fn stop_tracking(&self);
+    /// Appends the runs of pages written since the last call (vCPUs' and the VMM's own writes), ascending, and clears
+    /// the log. May be called while the VM runs or is paused.
+    fn harvest_dirty(&self, out: &mut Vec<PageRun>) -> Result<(), MachineError>;
+    /// Copies guest RAM; `buf.len()` bytes from `gpa` on.
+    fn read_memory(&self, gpa: u64, buf: &mut [u8]) -> Result<(), MachineError>;
+    /// Copies bytes of a disk as the guest sees it; may be called while the VM runs (pre-copy) or is paused.
+    fn read_disk(&self, disk: u16, offset: u64, buf: &mut [u8]) -> Result<(), MachineError>;
+    /// Appends the (offset, length) ranges of a disk that were changed since the last call, ascending, and clears them.
+    /// While an interposer is attached no blocks are tracked: it logs the changes themselves.
+    fn harvest_dirty_blocks(&self, disk: u16, out: &mut Vec<(u64, u64)>) -> Result<(), MachineError>;
+    /// Gets every vCPU out of the guest and every device worker to a request boundary.
+    fn pause(&self) -> Result<(), MachineError>;
+    /// Complete state but for RAM and disks: vCPUs, interrupt controllers, clocks, devices. Only while paused.
+    fn save_state(&self) -> Result<Vec<u8>, MachineError>;
+    /// Lets the guest run on.
+    fn resume(&self) -> Result<(), MachineError>;
+    /// Puts the interposer between the devices and their backends. Only while paused.
+    fn attach(&self, interposer: Arc<Interposer>) -> Result<(), MachineError>;
+    /// Takes it away again. Only while paused.
+    fn detach(&self) -> Result<(), MachineError>;
+    /// Lets outputs leave, in this order. Called by FT when their epoch is committed, or when the VM goes solo.
+    fn release(&self, outputs: Vec<Output>);
+    /// Lets the guest run only this share of the time, 1 to 100 percent.
+    fn throttle(&self, run_percent: u8);
+    /// This side lost the arbitration, or roles were exchanged: the VM must not run on here. Only FT's last call.
+    fn stop(&self, reason: &str);
+}
+
+/// Why a backup does not take a VM.
+#[derive(Debug, Clone, PartialEq, Eq, Error, Serialize, Deserialize)]
+#[error("{message}")]
+pub struct Refusal {
+    /// Stable code, for example `disk_size_mismatch`.
+    pub code: String,
+    /// Sentence that names the difference and says what to do.
+    pub message: String,
+}
+
+/// The backup VMM: builds shadows.
+pub trait ShadowHost: Send + Sync {
+    /// Builds a shadow: RAM allocated, devices made, nothing runs, nothing is sent.
+    fn create_shadow(&self, offered: &Identity) -> Result<Box<dyn Shadow>, Refusal>;
+}
+
+/// The VM's shadow. Owned by one FT thread.
+pub trait Shadow: Send {
+    /// What this shadow is; FT refuses the pairing and names every difference to the offered identity.
+    fn identity(&self) -> Identity;
+    /// Writes RAM; the range was checked against [`Identity::memory`]. Whole pages.
+    fn write_memory(&mut self, gpa: u64, data: &[u8]) -> Result<(), MachineError>;
+    /// Reads RAM (audit, delta decoding).
+    fn read_memory(&self, gpa: u64, buf: &mut [u8]) -> Result<(), MachineError>;
+    /// Applies a committed change to the backup's own copy of a disk.
+    fn apply_disk(&mut self, disk: u16, change: &DiskChange) -> Result<(), MachineError>;
+    /// Becomes the VM: loads `state`, moves its clocks on by `elapsed`, gives `inputs` to the guest again (R8),
+    /// announces its addresses, resumes. After this the VMM runs a normal VM, whose [`Protected`] side is returned.
+    fn activate(
+        self: Box<Self>,
+        state: &[u8],
+        elapsed: Duration,
+        inputs: Vec<Input>,
+    ) -> Result<Arc<dyn Protected>, MachineError>;
+    /// The shadow is no longer needed.
+    fn discard(self: Box<Self>);
+}
