@@ -171,7 +171,7 @@ pub trait Vcpu: Send {
     fn run(&mut self) -> Result<VcpuExit<'_>>;
     /// The handle by which other threads get this vCPU out of the guest. It is bound to the calling thread
     /// (pthread_self): call this from the thread that will run the vCPU, after [`kvm::install_kick_handler`].
-    fn kicker(&self) -> Arc<dyn VcpuKicker>;
+    fn kicker(&mut self) -> Arc<dyn VcpuKicker>;
     /// Sets the CPUID leaves; before the first run.
     fn set_cpuid(&mut self, entries: &[CpuIdEntry]) -> Result<()>;
     /// Sets registers for a direct boot; see [`BootRegisters`].

@@ -1,0 +1,229 @@
+//! A KVM VM: memory slots, dirty log, interrupts, clock.
+//!
+//! Dirty pages are logged in KVM's bitmap. `slots` (the table of slots and whether they are logged) is the only lock.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use kvm_bindings::{
+    KVM_CAP_SPLIT_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, KvmIrqRouting,
+    kvm_enable_cap, kvm_irq_routing_entry, kvm_irq_routing_entry__bindgen_ty_1, kvm_irq_routing_msi,
+    kvm_irq_routing_msi__bindgen_ty_1, kvm_msi, kvm_userspace_memory_region,
+};
+use kvm_ioctls::{Kvm, NoDatamatch, VmFd};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::vcpu::KvmVcpu;
+use crate::error::{Error, Result, ioctl};
+use crate::{
+    Capabilities, ClockState, DirtyBitmap, IoEventAddress, MemorySlot, MsiMessage, MsiRoute, Vcpu, Vm, VmOptions,
+};
+
+const TSS_ADDRESS: usize = 0xfffb_d000;
+const IDENTITY_MAP_ADDRESS: u64 = 0xfffb_c000;
+const IOAPIC_PINS: u64 = 24;
+
+struct Slots {
+    slots: BTreeMap<u32, MemorySlot>,
+    logging: bool,
+}
+
+/// A VM.
+pub struct KvmVm {
+    // Kept open: the vCPUs' capability checks go through it.
+    kvm: Arc<Kvm>,
+    vm: VmFd,
+    capabilities: Capabilities,
+    slots: Mutex<Slots>,
+}
+
+impl KvmVm {
+    pub(super) fn new(kvm: Arc<Kvm>, capabilities: Capabilities, options: VmOptions) -> Result<Self> {
+        if options.dirty_ring_entries != 0 {
+            return Err(Error::Missing(
+                "dirty ring support in this build (the dirty bitmap is used)",
+            ));
+        }
+        let vm = kvm.create_vm().map_err(ioctl("create a VM"))?;
+        vm.set_tss_address(TSS_ADDRESS).map_err(ioctl("place the TSS"))?;
+        vm.set_identity_map_address(IDENTITY_MAP_ADDRESS)
+            .map_err(ioctl("place the identity map"))?;
+        let split = kvm_enable_cap {
+            cap: KVM_CAP_SPLIT_IRQCHIP,
+            args: [IOAPIC_PINS, 0, 0, 0],
+            ..Default::default()
+        };
+        vm.enable_cap(&split).map_err(ioctl("use the split irqchip"))?;
+        Ok(Self {
+            kvm,
+            vm,
+            capabilities,
+            slots: Mutex::new(Slots {
+                slots: BTreeMap::new(),
+                logging: false,
+            }),
+        })
+    }
+
+    fn slots(&self) -> MutexGuard<'_, Slots> {
+        self.slots.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn set_region(&self, slot: &MemorySlot, size: u64, log: bool) -> Result<()> {
+        let mut flags = 0;
+        if slot.readonly {
+            flags |= KVM_MEM_READONLY;
+        } else if log {
+            flags |= KVM_MEM_LOG_DIRTY_PAGES;
+        }
+        let region = kvm_userspace_memory_region {
+            slot: slot.slot,
+            flags,
+            guest_phys_addr: slot.guest_addr,
+            memory_size: size,
+            userspace_addr: slot.host_addr,
+        };
+        // SAFETY: the contract of `MemorySlot::host_addr` is that the range stays mapped while the slot is in use.
+        unsafe { self.vm.set_user_memory_region(region) }.map_err(ioctl("set a memory slot"))
+    }
+
+    fn log(&self, on: bool) -> Result<()> {
+        let mut slots = self.slots();
+        for slot in slots.slots.values().filter(|s| !s.readonly) {
+            self.set_region(slot, slot.size, on)?;
+        }
+        slots.logging = on;
+        Ok(())
+    }
+}
+
+fn io_address(addr: IoEventAddress) -> kvm_ioctls::IoEventAddress {
+    match addr {
+        IoEventAddress::Pio(port) => kvm_ioctls::IoEventAddress::Pio(port),
+        IoEventAddress::Mmio(gpa) => kvm_ioctls::IoEventAddress::Mmio(gpa),
+    }
+}
+
+impl Vm for KvmVm {
+    fn add_memory(&self, slot: MemorySlot) -> Result<()> {
+        let mut slots = self.slots();
+        self.set_region(&slot, slot.size, slots.logging)?;
+        slots.slots.insert(slot.slot, slot);
+        Ok(())
+    }
+
+    fn remove_memory(&self, slot: MemorySlot) -> Result<()> {
+        let mut slots = self.slots();
+        self.set_region(&slot, 0, false)?;
+        slots.slots.remove(&slot.slot);
+        Ok(())
+    }
+
+    fn start_dirty_log(&self) -> Result<()> {
+        self.log(true)
+    }
+
+    fn stop_dirty_log(&self) -> Result<()> {
+        self.log(false)
+    }
+
+    fn harvest_dirty(&self) -> Result<Vec<DirtyBitmap>> {
+        let slots = self.slots();
+        if !slots.logging {
+            return Ok(Vec::new());
+        }
+        slots
+            .slots
+            .values()
+            .filter(|s| !s.readonly)
+            .map(|s| {
+                let words = self
+                    .vm
+                    .get_dirty_log(s.slot, s.size as usize)
+                    .map_err(ioctl("read the dirty log"))?;
+                Ok(DirtyBitmap { slot: s.slot, words })
+            })
+            .collect()
+    }
+
+    fn create_vcpu(&self, id: u8) -> Result<Box<dyn Vcpu>> {
+        let fd = self.vm.create_vcpu(u64::from(id)).map_err(ioctl("create a vCPU"))?;
+        Ok(Box::new(KvmVcpu::new(&self.kvm, &self.vm, fd, &self.capabilities)?))
+    }
+
+    fn register_irqfd(&self, fd: &EventFd, gsi: u32) -> Result<()> {
+        self.vm.register_irqfd(fd, gsi).map_err(ioctl("register an irqfd"))
+    }
+
+    fn unregister_irqfd(&self, fd: &EventFd, gsi: u32) -> Result<()> {
+        self.vm.unregister_irqfd(fd, gsi).map_err(ioctl("unregister an irqfd"))
+    }
+
+    fn register_ioevent(&self, fd: &EventFd, addr: IoEventAddress, datamatch: Option<(u64, u32)>) -> Result<()> {
+        let addr = io_address(addr);
+        match datamatch {
+            None => self.vm.register_ioevent(fd, &addr, NoDatamatch),
+            Some((value, 8)) => self.vm.register_ioevent(fd, &addr, value),
+            Some((value, _)) => self.vm.register_ioevent(fd, &addr, value as u32),
+        }
+        .map_err(ioctl("register an ioeventfd"))
+    }
+
+    fn unregister_ioevent(&self, fd: &EventFd, addr: IoEventAddress, datamatch: Option<(u64, u32)>) -> Result<()> {
+        let addr = io_address(addr);
+        match datamatch {
+            None => self.vm.unregister_ioevent(fd, &addr, NoDatamatch),
+            Some((value, 8)) => self.vm.unregister_ioevent(fd, &addr, value),
+            Some((value, _)) => self.vm.unregister_ioevent(fd, &addr, value as u32),
+        }
+        .map_err(ioctl("unregister an ioeventfd"))
+    }
+
+    fn set_msi_routes(&self, routes: &[MsiRoute]) -> Result<()> {
+        let entries: Vec<kvm_irq_routing_entry> = routes
+            .iter()
+            .map(|route| kvm_irq_routing_entry {
+                gsi: route.gsi,
+                type_: KVM_IRQ_ROUTING_MSI,
+                u: kvm_irq_routing_entry__bindgen_ty_1 {
+                    msi: kvm_irq_routing_msi {
+                        address_lo: route.message.address as u32,
+                        address_hi: (route.message.address >> 32) as u32,
+                        data: route.message.data,
+                        __bindgen_anon_1: kvm_irq_routing_msi__bindgen_ty_1 { pad: 0 },
+                    },
+                },
+                ..Default::default()
+            })
+            .collect();
+        let table =
+            KvmIrqRouting::from_entries(&entries).map_err(|_| Error::Missing("room for so many interrupt routes"))?;
+        self.vm.set_gsi_routing(&table).map_err(ioctl("set interrupt routes"))
+    }
+
+    fn signal_msi(&self, message: MsiMessage) -> Result<()> {
+        let msi = kvm_msi {
+            address_lo: message.address as u32,
+            address_hi: (message.address >> 32) as u32,
+            data: message.data,
+            ..Default::default()
+        };
+        // 0 means that the guest blocked it (no such APIC, say): as on real hardware, the message is gone.
+        self.vm.signal_msi(msi).map(|_| ()).map_err(ioctl("deliver an MSI"))
+    }
+
+    fn clock(&self) -> Result<ClockState> {
+        Ok(ClockState {
+            data: self.vm.get_clock().map_err(ioctl("read kvmclock"))?,
+        })
+    }
+
+    fn set_clock(&self, state: &ClockState, advance_ns: u64) -> Result<()> {
+        // Without flags KVM starts the clock at exactly this value; the saved host clocks are another boot's.
+        let clock = kvm_bindings::kvm_clock_data {
+            clock: state.data.clock.saturating_add(advance_ns),
+            ..Default::default()
+        };
+        self.vm.set_clock(&clock).map_err(ioctl("set kvmclock"))
+    }
+}
