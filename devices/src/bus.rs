@@ -51,8 +51,15 @@ impl Bus {
 
     /// Puts a device at `base..base + len`.
     pub fn insert(&mut self, base: u64, len: u64, device: Arc<dyn BusDevice>) -> Result<(), Error> {
-        let end = base.checked_add(len).filter(|_| len > 0).ok_or(Error::Range { base, len })?;
-        let clash = self.ranges.range(..end).next_back().is_some_and(|(start, (l, _))| start + l > base);
+        let end = base
+            .checked_add(len)
+            .filter(|_| len > 0)
+            .ok_or(Error::Range { base, len })?;
+        let clash = self
+            .ranges
+            .range(..end)
+            .next_back()
+            .is_some_and(|(start, (l, _))| start + l > base);
         if clash {
             return Err(Error::Overlap { base, end });
         }

@@ -1,6 +1,11 @@
 //! PCI: configuration space, BARs, MSI-X, the root complex with ECAM and 0xCF8/0xCFC.
 //!
-//! * this file: the traits a PCI function implements ([`PciDevice`]) and is given ([`MsiVectors`], [`NotifyRegistrar`]).
+//! * this file: the traits a PCI function implements ([`PciDevice`]) and is given ([`MsiVectors`], [`NotifyRegistrar`]);
+//! * [`config_space`]: one function's configuration space; [`msix`]: its MSI-X table; [`root`]: the bus.
+
+pub mod config_space;
+pub mod msix;
+pub mod root;
 
 use std::io;
 
