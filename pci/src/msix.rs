@@ -174,7 +174,7 @@ impl MsixConfig {
         for (i, byte) in data.iter_mut().enumerate() {
             let first = (offset as usize).saturating_add(i).saturating_mul(8);
             *byte = (0..8).fold(0, |b, bit| {
-                b | u8::from(self.pending.get(first + bit) == Some(&true)) << bit
+                b | u8::from(self.pending.get(first.saturating_add(bit)) == Some(&true)) << bit
             });
         }
     }

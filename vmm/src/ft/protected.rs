@@ -1,0 +1,268 @@
+//! The running VM, as FT sees it: [`ft::machine::Protected`] on a [`Vm`].
+//!
+//! Owned by FT's primary session. `wraps` is taken only by that session's threads and by [`Protected::release`]; it is
+//! taken before any device's lock, never after one.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Arc, Mutex, Weak};
+use std::time::Duration;
+
+use ft::interposer::Interposer;
+use ft::machine::{DiskIdentity, Identity, MachineError, Output, PageRun, Protected};
+use virtio_devices::backend::{BlockBackend, ConsoleBackend, NetBackend};
+
+use super::backends::{ChangedBlocks, HeldConsole, HeldNet, LoggedBlock, Slot, TrackedBlock};
+use crate::interrupts::lock;
+use crate::vm::{Holder, Vm};
+
+pub(super) fn machine_error(e: impl std::fmt::Display) -> MachineError {
+    MachineError(e.to_string())
+}
+
+/// Full period of one slow-down cycle: the guest runs a share of it and stands still for the rest.
+const THROTTLE_PERIOD: Duration = Duration::from_millis(10);
+
+#[derive(Default)]
+struct Wraps {
+    nets: Vec<Slot<dyn NetBackend>>,
+    disks: Vec<Option<Slot<dyn BlockBackend>>>,
+    consoles: Vec<Option<Slot<dyn ConsoleBackend>>>,
+}
+
+struct DiskSide {
+    file: File,
+    size: u64,
+    readonly: bool,
+    changed: Arc<ChangedBlocks>,
+}
+
+/// A VM that FT protects.
+pub struct ProtectedVm {
+    vm: Arc<Vm>,
+    disks: Vec<DiskSide>,
+    wraps: Mutex<Wraps>,
+    run_percent: Arc<AtomicU8>,
+}
+
+/// What both sides must agree on, of this VM on this host.
+pub(super) fn identity(vm: &Vm) -> Result<Identity, MachineError> {
+    let config = vm.config();
+    let disks = vm
+        .devices()
+        .disks()
+        .iter()
+        .map(|d| DiskIdentity { id: d.id.clone(), size: d.size, readonly: d.readonly })
+        .collect();
+    Ok(Identity {
+        vm_id: vm.uuid().to_string(),
+        vmm_version: format!("{} (state {})", env!("CARGO_PKG_VERSION"), crate::state::VERSION),
+        config: serde_json::to_string(config).map_err(machine_error)?,
+        memory: vm.ram().regions(),
+        vcpus: vm.vcpus().len() as u32,
+        cpu_features: arch::cpuid::feature_words(vm.cpuid()),
+        tsc_khz: vm.tsc_khz(),
+        disks,
+        nics: vm.devices().nets().len() as u32,
+    })
+}
+
+impl ProtectedVm {
+    /// Prepares `vm` for protection; nothing is changed in it yet.
+    pub fn new(vm: Arc<Vm>) -> Result<Arc<Self>, MachineError> {
+        let mut disks = Vec::new();
+        for disk in vm.devices().disks() {
+            let file = File::open(&disk.path).map_err(|e| machine_error(format!("{}: {e}", disk.path.display())))?;
+            disks.push(DiskSide { file, size: disk.size, readonly: disk.readonly, changed: Arc::default() });
+        }
+        Ok(Arc::new(Self { vm, disks, wraps: Mutex::default(), run_percent: Arc::new(AtomicU8::new(100)) }))
+    }
+
+    fn disk(&self, disk: u16) -> Result<&DiskSide, MachineError> {
+        self.disks.get(usize::from(disk)).ok_or_else(|| machine_error(format!("there is no disk {disk}")))
+    }
+
+    fn unwrap_disks(&self, wraps: &mut Wraps) {
+        for (disk, slot) in self.vm.devices().disks().iter().zip(wraps.disks.drain(..)) {
+            if let Some(slot) = slot {
+                disk.exchange(|wrapper| slot.take().unwrap_or(wrapper));
+            }
+        }
+    }
+}
+
+/// Keeps the guest standing still for a share of the time as long as `run_percent` is below 100.
+fn throttle_thread(vm: Weak<Vm>, run_percent: Arc<AtomicU8>) {
+    loop {
+        let percent = u32::from(run_percent.load(Ordering::Relaxed).clamp(1, 100));
+        if percent == 100 {
+            return;
+        }
+        let Some(vm) = vm.upgrade() else { return };
+        let run = THROTTLE_PERIOD * percent / 100;
+        vm.pause_vcpus(Holder::Throttle);
+        std::thread::sleep(THROTTLE_PERIOD - run);
+        vm.resume_vcpus(Holder::Throttle);
+        drop(vm);
+        std::thread::sleep(run);
+    }
+}
+
+impl Protected for ProtectedVm {
+    fn identity(&self) -> Result<Identity, MachineError> {
+        identity(&self.vm)
+    }
+
+    fn start_tracking(&self) -> Result<(), MachineError> {
+        self.vm.ram().clear_own_writes();
+        self.vm.kvm().start_dirty_log().map_err(machine_error)?;
+        let mut wraps = lock(&self.wraps);
+        for (disk, side) in self.vm.devices().disks().iter().zip(&self.disks) {
+            side.changed.take(side.size, &mut Vec::new());
+            let mut slot = None;
+            disk.pause();
+            disk.exchange(|inner| {
+                let (wrapper, s) = TrackedBlock::wrap(inner, side.changed.clone());
+                slot = Some(s);
+                Box::new(wrapper)
+            });
+            disk.resume();
+            wraps.disks.push(slot);
+        }
+        Ok(())
+    }
+
+    fn stop_tracking(&self) {
+        let mut wraps = lock(&self.wraps);
+        for disk in self.vm.devices().disks() {
+            disk.pause();
+        }
+        self.unwrap_disks(&mut wraps);
+        for disk in self.vm.devices().disks() {
+            disk.resume();
+        }
+        if let Err(e) = self.vm.kvm().stop_dirty_log() {
+            log::warn!("ft: dirty page log stays on: {e}");
+        }
+    }
+
+    fn harvest_dirty(&self, out: &mut Vec<PageRun>) -> Result<(), MachineError> {
+        let mut ranges = Vec::new();
+        self.vm.ram().harvest_dirty(self.vm.kvm().as_ref(), &mut ranges).map_err(machine_error)?;
+        out.extend(ranges.iter().map(|r| PageRun { gpa: r.gpa, count: r.count }));
+        Ok(())
+    }
+
+    fn read_memory(&self, gpa: u64, buf: &mut [u8]) -> Result<(), MachineError> {
+        self.vm.ram().read(gpa, buf).map_err(machine_error)
+    }
+
+    fn read_disk(&self, disk: u16, offset: u64, buf: &mut [u8]) -> Result<(), MachineError> {
+        self.disk(disk)?.file.read_exact_at(buf, offset).map_err(machine_error)
+    }
+
+    fn harvest_dirty_blocks(&self, disk: u16, out: &mut Vec<(u64, u64)>) -> Result<(), MachineError> {
+        let side = self.disk(disk)?;
+        side.changed.take(side.size, out);
+        Ok(())
+    }
+
+    fn pause(&self) -> Result<(), MachineError> {
+        self.vm.pause(Holder::Ft).map_err(machine_error)
+    }
+
+    fn save_state(&self) -> Result<Vec<u8>, MachineError> {
+        let state = self.vm.state().map_err(machine_error)?;
+        postcard::to_stdvec(&state).map_err(machine_error)
+    }
+
+    fn resume(&self) -> Result<(), MachineError> {
+        self.vm.resume(Holder::Ft).map_err(machine_error)
+    }
+
+    fn attach(&self, interposer: Arc<Interposer>) -> Result<(), MachineError> {
+        let mut wraps = lock(&self.wraps);
+        let devices = self.vm.devices();
+        self.unwrap_disks(&mut wraps);
+        for (i, disk) in devices.disks().iter().enumerate() {
+            if self.disks.get(i).is_some_and(|d| d.readonly) {
+                wraps.disks.push(None);
+                continue;
+            }
+            disk.exchange(|inner| {
+                let (wrapper, slot) = LoggedBlock::wrap(inner, interposer.clone(), i as u16);
+                wraps.disks.push(Some(slot));
+                Box::new(wrapper)
+            });
+        }
+        for (i, net) in devices.nets().iter().enumerate() {
+            net.exchange(|inner| {
+                let (wrapper, slot) = HeldNet::wrap(inner, interposer.clone(), i as u16);
+                wraps.nets.push(slot);
+                Box::new(wrapper)
+            });
+        }
+        for (i, console) in devices.consoles().iter().enumerate() {
+            let mut slot = None;
+            console.exchange(|inner| {
+                let (wrapper, s) = HeldConsole::wrap(inner, interposer.clone(), i as u16);
+                slot = Some(s);
+                Box::new(wrapper)
+            });
+            wraps.consoles.push(slot);
+        }
+        Ok(())
+    }
+
+    fn detach(&self) -> Result<(), MachineError> {
+        let mut wraps = lock(&self.wraps);
+        let devices = self.vm.devices();
+        self.unwrap_disks(&mut wraps);
+        for (net, slot) in devices.nets().iter().zip(wraps.nets.drain(..)) {
+            net.exchange(|wrapper| slot.take().unwrap_or(wrapper));
+        }
+        for (console, slot) in devices.consoles().iter().zip(wraps.consoles.drain(..)) {
+            if let Some(slot) = slot {
+                console.exchange(|wrapper| slot.take().unwrap_or(wrapper));
+            }
+        }
+        Ok(())
+    }
+
+    fn release(&self, outputs: Vec<Output>) {
+        let wraps = lock(&self.wraps);
+        for output in outputs {
+            match output {
+                Output::Frame { nic, data } => {
+                    if let Some(slot) = wraps.nets.get(usize::from(nic)) {
+                        slot.transmit_now(&data);
+                    }
+                }
+                Output::Console { console, data } => {
+                    if let Some(Some(slot)) = wraps.consoles.get(usize::from(console)) {
+                        slot.write_now(&data);
+                    }
+                }
+            }
+        }
+    }
+
+    fn throttle(&self, run_percent: u8) {
+        let before = self.run_percent.swap(run_percent.clamp(1, 100), Ordering::Relaxed);
+        if before >= 100 && run_percent < 100 {
+            let (vm, percent) = (Arc::downgrade(&self.vm), self.run_percent.clone());
+            let started = std::thread::Builder::new()
+                .name("ft-throttle".into())
+                .spawn(move || throttle_thread(vm, percent));
+            if let Err(e) = started {
+                log::error!("ft: the guest cannot be slowed down: {e}");
+                self.run_percent.store(100, Ordering::Relaxed);
+            }
+        }
+    }
+
+    fn stop(&self, reason: &str) {
+        self.vm.stop_for_good(reason);
+    }
+}

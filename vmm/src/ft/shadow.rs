@@ -1,0 +1,206 @@
+//! The VM's shadow on the backup: [`ft::machine::ShadowHost`] and [`ft::machine::Shadow`].
+//!
+//! A shadow is a complete VM that was never started: RAM mapped, devices made, taps and disks open. Committed
+//! checkpoints go straight into its RAM and disks; activation loads the last state and lets it run.
+
+use std::fs::{File, OpenOptions};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use api::VmConfig;
+use ft::config::FtReceiveConfig;
+use ft::machine::{DiskChange, Identity, Input, MachineError, PAGE_SIZE, Protected, Refusal, Shadow, ShadowHost};
+
+use super::backends::ReplayNet;
+use super::protected::{ProtectedVm, identity, machine_error};
+use crate::state::VmState;
+use crate::vm::{Holder, Vm, VmContext};
+
+/// Called with the VM that a takeover made.
+pub type Adopt = Arc<dyn Fn(Arc<Vm>) + Send + Sync>;
+
+/// Builds shadows on this host.
+pub struct VmShadowHost {
+    /// What every VM of this VMM needs.
+    pub context: VmContext,
+    /// This host's paths and taps.
+    pub overrides: FtReceiveConfig,
+    /// Gets the VM at takeover.
+    pub adopt: Adopt,
+}
+
+fn refuse(code: &str, message: String) -> Refusal {
+    Refusal { code: code.into(), message }
+}
+
+fn prepare_disk(path: &Path, size: u64, id: &str) -> Result<(), Refusal> {
+    if path.exists() {
+        return Ok(());
+    }
+    let made = OpenOptions::new().write(true).create_new(true).open(path).and_then(|f| f.set_len(size));
+    made.map_err(|e| {
+        let message = format!("cannot make {} for disk {id} on the backup: {e}", path.display());
+        refuse("disk_create_failed", message)
+    })
+}
+
+impl VmShadowHost {
+    fn config(&self, offered: &Identity) -> Result<VmConfig, Refusal> {
+        let mut config: VmConfig = serde_json::from_str(&offered.config)
+            .map_err(|e| refuse("config_not_understood", format!("the backup does not understand the VM's config: {e}")))?;
+        for over in &self.overrides.disks {
+            let disk = config.disks.iter_mut().flatten().find(|d| d.id.as_deref() == Some(over.id.as_str()));
+            let disk = disk.ok_or_else(|| {
+                refuse("no_such_disk", format!("`ft receive --disk id={}`: the VM has no such disk", over.id))
+            })?;
+            disk.path = Some(over.path.clone());
+        }
+        for over in &self.overrides.net {
+            let net = config.net.iter_mut().flatten().find(|n| n.id.as_deref() == Some(over.id.as_str()));
+            let net = net.ok_or_else(|| {
+                refuse("no_such_net", format!("`ft receive --net id={}`: the VM has no such network device", over.id))
+            })?;
+            net.tap = Some(over.tap.clone());
+        }
+        super::consoles::override_consoles(&mut config, &self.overrides)?;
+        for (disk, offered) in config.disks.iter().flatten().zip(&offered.disks) {
+            if let (Some(path), false) = (&disk.path, offered.readonly) {
+                prepare_disk(path, offered.size, &offered.id)?;
+            }
+        }
+        Ok(config)
+    }
+}
+
+impl ShadowHost for VmShadowHost {
+    fn create_shadow(&self, offered: &Identity) -> Result<Box<dyn Shadow>, Refusal> {
+        let config = self.config(offered)?;
+        let failed = |e: &dyn std::fmt::Display| refuse("shadow_failed", format!("the backup cannot build the VM: {e}"));
+        let vm = Vm::new(config, Some(offered.vm_id.clone()), &self.context).map_err(|e| failed(&e))?;
+        let mut disks = Vec::new();
+        for disk in vm.devices().disks() {
+            let mut options = OpenOptions::new();
+            let file = options.read(true).write(!disk.readonly).open(&disk.path).map_err(|e| {
+                vm.shutdown();
+                failed(&format!("{}: {e}", disk.path.display()))
+            })?;
+            disks.push(file);
+        }
+        let mut identity = identity(&vm).map_err(|e| failed(&e))?;
+        // Paths and taps differ by host; what counts is compared field by field.
+        identity.config.clone_from(&offered.config);
+        Ok(Box::new(VmShadow { vm, identity, disks, adopt: self.adopt.clone() }))
+    }
+}
+
+struct VmShadow {
+    vm: Arc<Vm>,
+    identity: Identity,
+    disks: Vec<File>,
+    adopt: Adopt,
+}
+
+fn zero_range(file: &File, offset: u64, len: u64, unmap: bool) -> std::io::Result<()> {
+    use std::os::fd::AsRawFd;
+    let mode = if unmap {
+        libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE
+    } else {
+        libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE
+    };
+    let (Ok(o), Ok(l)) = (i64::try_from(offset), i64::try_from(len)) else {
+        return Err(std::io::ErrorKind::InvalidInput.into());
+    };
+    // SAFETY: fallocate(2) on a descriptor that `file` keeps open.
+    if len == 0 || unsafe { libc::fallocate(file.as_raw_fd(), mode, o, l) } == 0 {
+        return Ok(());
+    }
+    let zeroes = vec![0u8; 1 << 20];
+    let mut done = 0;
+    while done < len {
+        let n = (len - done).min(zeroes.len() as u64) as usize;
+        file.write_all_at(&zeroes[..n], offset + done)?;
+        done += n as u64;
+    }
+    Ok(())
+}
+
+impl VmShadow {
+    fn checked_disk(&self, disk: u16, offset: u64, len: u64) -> Result<&File, MachineError> {
+        let index = usize::from(disk);
+        let (Some(file), Some(info)) = (self.disks.get(index), self.identity.disks.get(index)) else {
+            return Err(machine_error(format!("there is no disk {disk}")));
+        };
+        if info.readonly || offset.checked_add(len).is_none_or(|end| end > info.size) {
+            let reason = if info.readonly { "is read-only" } else { "ends earlier" };
+            return Err(machine_error(format!("{}: change at {offset} of {len} bytes, but it {reason}", info.id)));
+        }
+        Ok(file)
+    }
+}
+
+impl Shadow for VmShadow {
+    fn identity(&self) -> Identity {
+        self.identity.clone()
+    }
+
+    fn write_memory(&mut self, gpa: u64, data: &[u8]) -> Result<(), MachineError> {
+        if gpa % PAGE_SIZE as u64 != 0 || data.len() % PAGE_SIZE != 0 {
+            return Err(machine_error(format!("{} bytes at {gpa:#x} are not whole pages", data.len())));
+        }
+        self.vm.ram().write(gpa, data).map_err(machine_error)
+    }
+
+    fn read_memory(&self, gpa: u64, buf: &mut [u8]) -> Result<(), MachineError> {
+        self.vm.ram().read(gpa, buf).map_err(machine_error)
+    }
+
+    fn apply_disk(&mut self, disk: u16, change: &DiskChange) -> Result<(), MachineError> {
+        match change {
+            DiskChange::Write { offset, data } => {
+                let file = self.checked_disk(disk, *offset, data.len() as u64)?;
+                file.write_all_at(data, *offset).map_err(machine_error)
+            }
+            DiskChange::Zero { offset, len, unmap } => {
+                let file = self.checked_disk(disk, *offset, *len)?;
+                zero_range(file, *offset, *len, *unmap).map_err(machine_error)
+            }
+            // Durability policy `memory-of-both`: the commit, not the disk, carries the flush (R5).
+            DiskChange::Flush => self.checked_disk(disk, 0, 0).map(|_| ()),
+        }
+    }
+
+    fn activate(
+        self: Box<Self>,
+        state: &[u8],
+        elapsed: Duration,
+        inputs: Vec<Input>,
+    ) -> Result<Arc<dyn Protected>, MachineError> {
+        let state: VmState = postcard::from_bytes(state).map_err(machine_error)?;
+        let vm = self.vm;
+        vm.set_state(&state, elapsed.as_nanos().min(u128::from(u64::MAX)) as u64).map_err(machine_error)?;
+        let mut frames: Vec<Vec<Vec<u8>>> = vec![Vec::new(); vm.devices().nets().len()];
+        for Input::Frame { nic, data } in inputs {
+            if let Some(frames) = frames.get_mut(usize::from(nic)) {
+                frames.push(data);
+            }
+        }
+        for (net, frames) in vm.devices().nets().iter().zip(frames) {
+            net.drop_queued();
+            if !frames.is_empty() {
+                net.exchange(|inner| Box::new(ReplayNet::new(inner, frames)));
+            }
+        }
+        (self.adopt)(vm.clone());
+        vm.announce();
+        vm.start_restored().map_err(machine_error)?;
+        vm.resume(Holder::User).map_err(machine_error)?;
+        let protected = ProtectedVm::new(vm)?;
+        Ok(protected)
+    }
+
+    fn discard(self: Box<Self>) {
+        self.vm.shutdown();
+    }
+}

@@ -1,0 +1,21 @@
+//! How the VMM reaches fault tolerance: one trait, so that a build without it is a plain VMM.
+
+use std::sync::Arc;
+
+use api::{ApiError, Request, Response};
+
+use crate::vm::Vm;
+
+/// FT on this VMM. Called by API worker threads and by the VMM's control thread; must not call back into [`crate::Vmm`]
+/// but through what it was given when it was made.
+pub trait Plugin: Send + Sync {
+    /// Serves the `vm.ft-*` requests. `vm` is this VMM's VM, if there is one.
+    fn call(&self, request: Request, vm: Option<Arc<Vm>>) -> Result<Response, ApiError>;
+    /// The VM is about to end by its owner's will (guest power-off, vm.shutdown, vm.delete): its outputs leave, and the
+    /// backup is told that there is nothing to take over.
+    fn vm_ends(&self, reason: &str);
+    /// The VMM ends: nothing waits for a primary any longer, threads are joined.
+    fn shutdown(&self);
+    /// A VM cannot be made by the API now, with the reason (this VMM is a backup).
+    fn refuses_vm(&self) -> Option<String>;
+}

@@ -1,0 +1,32 @@
+//! The saved state of a whole VM, but for RAM and disks.
+//!
+//! The same structs are written to a snapshot directory (JSON) and sent with every FT checkpoint (postcard).
+
+use devices::{ged, ioapic, rtc, serial};
+use hypervisor::{ClockState, VcpuState};
+use serde::{Deserialize, Serialize};
+use virtio_devices::VirtioState;
+
+/// Version of [`VmState`]; other versions are refused.
+pub const VERSION: u32 = 1;
+
+/// Everything of a VM that is not RAM and not disk content.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct VmState {
+    /// [`VERSION`] of the writer.
+    pub version: u32,
+    /// One per vCPU, in order.
+    pub vcpus: Vec<VcpuState>,
+    /// kvmclock.
+    pub clock: ClockState,
+    /// Interrupt controller.
+    pub ioapic: ioapic::IoapicState,
+    /// COM1.
+    pub serial: serial::SerialState,
+    /// CMOS.
+    pub rtc: rtc::RtcState,
+    /// Power management.
+    pub ged: ged::GedState,
+    /// virtio devices by id, in PCI order.
+    pub virtio: Vec<(String, VirtioState)>,
+}

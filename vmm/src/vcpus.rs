@@ -1,0 +1,275 @@
+//! The vCPU threads and how they are paused.
+//!
+//! Each vCPU has a thread that holds the vCPU's mutex while the guest runs and gives it back while it is parked; whoever
+//! pauses the VM may then take the mutex to save or load state. Lock order: `Shared::control`, never while holding a
+//! vCPU. A parked thread waits on a condition variable; a kick gets a running one out of the guest.
+
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::thread::JoinHandle;
+
+use devices::bus::Bus;
+use devices::ioapic::Ioapic;
+use hypervisor::{Vcpu, VcpuExit, VcpuKicker, VcpuState};
+use thiserror::Error;
+
+use crate::interrupts::lock;
+
+/// Errors of running vCPUs.
+#[derive(Debug, Error)]
+pub enum Error {
+    /// The hypervisor refused a call for this vCPU.
+    #[error("vCPU {0}: {1}")]
+    Vcpu(usize, hypervisor::Error),
+    /// No thread to be had.
+    #[error("cannot start the thread of vCPU {0}: {1}")]
+    Thread(usize, std::io::Error),
+    /// A saved state for another number of vCPUs.
+    #[error("the state has {found} vCPUs, the VM has {expected}")]
+    Count {
+        /// vCPUs of this VM.
+        expected: usize,
+        /// vCPUs in the state.
+        found: usize,
+    },
+}
+
+/// What the guest asks of the VMM by way of a vCPU.
+pub trait GuestEvents: Send + Sync {
+    /// Triple fault or reset request.
+    fn reset(&self);
+    /// A vCPU can run no further.
+    fn failed(&self, reason: String);
+}
+
+/// What vCPU exits reach.
+#[derive(Clone)]
+pub struct Exits {
+    /// I/O ports.
+    pub pio: Arc<Bus>,
+    /// Memory-mapped devices.
+    pub mmio: Arc<Bus>,
+    /// Gets ends of interrupt.
+    pub ioapic: Arc<Ioapic>,
+    /// Resets and failures.
+    pub events: Arc<dyn GuestEvents>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Target {
+    Run,
+    Park,
+    Exit,
+}
+
+struct Control {
+    target: Target,
+    parked: usize,
+    running: usize,
+    kickers: Vec<Arc<dyn VcpuKicker>>,
+}
+
+struct Shared {
+    control: Mutex<Control>,
+    /// Signalled when `target` or `parked` changes.
+    changed: Condvar,
+}
+
+/// All vCPUs of a VM. Made parked.
+pub struct Vcpus {
+    vcpus: Vec<Arc<Mutex<Box<dyn Vcpu>>>>,
+    shared: Arc<Shared>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+}
+
+impl Vcpus {
+    /// Takes vCPUs that are ready to run and starts their threads, parked.
+    pub fn start(vcpus: Vec<Box<dyn Vcpu>>, exits: &Exits) -> Result<Self, Error> {
+        let vcpus: Vec<_> = vcpus.into_iter().map(|v| Arc::new(Mutex::new(v))).collect();
+        let shared = Arc::new(Shared {
+            control: Mutex::new(Control {
+                target: Target::Park,
+                parked: 0,
+                running: vcpus.len(),
+                kickers: Vec::with_capacity(vcpus.len()),
+            }),
+            changed: Condvar::new(),
+        });
+        let this = Self { vcpus, shared, threads: Mutex::new(Vec::new()) };
+        for (i, vcpu) in this.vcpus.iter().enumerate() {
+            let (vcpu, shared, exits) = (vcpu.clone(), this.shared.clone(), exits.clone());
+            let thread = std::thread::Builder::new()
+                .name(format!("vcpu{i}"))
+                .spawn(move || vcpu_thread(i, &vcpu, &shared, &exits))
+                .map_err(|e| Error::Thread(i, e));
+            match thread {
+                Ok(thread) => lock(&this.threads).push(thread),
+                Err(e) => {
+                    lock(&this.shared.control).running = i;
+                    return Err(e);
+                }
+            }
+        }
+        this.wait_parked();
+        Ok(this)
+    }
+
+    /// Number of vCPUs.
+    pub fn len(&self) -> usize {
+        self.vcpus.len()
+    }
+
+    /// There is always at least one; for completeness.
+    pub fn is_empty(&self) -> bool {
+        self.vcpus.is_empty()
+    }
+
+    /// Gets every vCPU out of the guest and waits until all are parked; their I/O instructions are complete.
+    pub fn pause(&self) {
+        let mut control = lock(&self.shared.control);
+        if control.target == Target::Run {
+            control.target = Target::Park;
+            for kicker in &control.kickers {
+                kicker.kick();
+            }
+            self.shared.changed.notify_all();
+        }
+        drop(control);
+        self.wait_parked();
+    }
+
+    fn wait_parked(&self) {
+        let mut control = lock(&self.shared.control);
+        while control.parked < control.running {
+            control = self.shared.changed.wait(control).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Lets the vCPUs run on.
+    pub fn resume(&self) {
+        let mut control = lock(&self.shared.control);
+        if control.target == Target::Park {
+            control.target = Target::Run;
+            self.shared.changed.notify_all();
+        }
+    }
+
+    /// States of all vCPUs; only while paused.
+    pub fn states(&self) -> Result<Vec<VcpuState>, Error> {
+        self.vcpus.iter().enumerate().map(|(i, v)| lock(v).state().map_err(|e| Error::Vcpu(i, e))).collect()
+    }
+
+    /// Loads states; only while paused. Time stamp counters go on at their saved value plus `advance_ns`.
+    pub fn set_states(&self, states: &[VcpuState], advance_ns: u64) -> Result<(), Error> {
+        if states.len() != self.vcpus.len() {
+            return Err(Error::Count { expected: self.vcpus.len(), found: states.len() });
+        }
+        let base = hypervisor::kvm::host_tsc();
+        for (i, (vcpu, state)) in self.vcpus.iter().zip(states).enumerate() {
+            lock(vcpu).set_state(state, advance_ns, base).map_err(|e| Error::Vcpu(i, e))?;
+        }
+        Ok(())
+    }
+
+    /// Ends all vCPU threads. Must not be called from one of them.
+    pub fn stop(&self) {
+        let mut control = lock(&self.shared.control);
+        control.target = Target::Exit;
+        for kicker in &control.kickers {
+            kicker.kick();
+        }
+        self.shared.changed.notify_all();
+        drop(control);
+        for thread in lock(&self.threads).drain(..) {
+            if thread.join().is_err() {
+                log::error!("a vCPU thread panicked");
+            }
+        }
+    }
+}
+
+impl Drop for Vcpus {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+/// Parks as long as asked. False: the thread must end.
+fn wait_for_run(shared: &Shared, kicker: &dyn VcpuKicker) -> bool {
+    let mut control = lock(&shared.control);
+    let mut counted = false;
+    loop {
+        match control.target {
+            Target::Run => {
+                // Under the lock: a kick that follows a later change of `target` is not lost.
+                kicker.clear();
+                break;
+            }
+            Target::Exit => break,
+            Target::Park => {
+                if !counted {
+                    counted = true;
+                    control.parked += 1;
+                    shared.changed.notify_all();
+                }
+                control = shared.changed.wait(control).unwrap_or_else(PoisonError::into_inner);
+            }
+        }
+    }
+    if counted {
+        control.parked -= 1;
+    }
+    control.target == Target::Run
+}
+
+fn vcpu_thread(index: usize, vcpu: &Mutex<Box<dyn Vcpu>>, shared: &Shared, exits: &Exits) {
+    let kicker = lock(vcpu).kicker();
+    lock(&shared.control).kickers.push(kicker.clone());
+    while wait_for_run(shared, kicker.as_ref()) {
+        let mut vcpu = lock(vcpu);
+        let outcome = run_until_kicked(vcpu.as_mut(), exits);
+        drop(vcpu);
+        match outcome {
+            Ok(Left::Kicked) => continue,
+            Ok(Left::Reset) => exits.events.reset(),
+            Err(reason) => exits.events.failed(format!("vCPU {index}: {reason}")),
+        }
+        // This vCPU cannot go on by itself: it waits for the one who handles the event to pause the VM.
+        let mut control = lock(&shared.control);
+        while control.target == Target::Run {
+            control = shared.changed.wait(control).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+    let mut control = lock(&shared.control);
+    control.running -= 1;
+    shared.changed.notify_all();
+}
+
+/// Why a vCPU left its run loop.
+enum Left {
+    Kicked,
+    Reset,
+}
+
+fn run_until_kicked(vcpu: &mut dyn Vcpu, exits: &Exits) -> Result<Left, String> {
+    loop {
+        match vcpu.run().map_err(|e| e.to_string())? {
+            VcpuExit::PioRead(port, data) => {
+                exits.pio.read(u64::from(port), data);
+            }
+            VcpuExit::PioWrite(port, data) => {
+                exits.pio.write(u64::from(port), data);
+            }
+            VcpuExit::MmioRead(addr, data) => {
+                exits.mmio.read(addr, data);
+            }
+            VcpuExit::MmioWrite(addr, data) => {
+                exits.mmio.write(addr, data);
+            }
+            VcpuExit::IoapicEoi(vector) => exits.ioapic.end_of_interrupt(vector),
+            VcpuExit::Interrupted => return Ok(Left::Kicked),
+            VcpuExit::Shutdown | VcpuExit::Reset => return Ok(Left::Reset),
+            VcpuExit::Hlt => return Err("halted without a local APIC".into()),
+            VcpuExit::DirtyRingFull => return Err("the dirty ring is full although it is not in use".into()),
+        }
+    }
+}

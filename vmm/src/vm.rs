@@ -1,0 +1,383 @@
+//! One VM: built parked, then booted or given a saved state, paused, resumed, reset, shut down.
+//!
+//! Lock order: `run` (who holds the VM still), then whatever vCPUs and devices lock. `run` is held while the VM is being
+//! paused or resumed, so that concurrent requests (the API's pause, FT's checkpoint, a reset) follow one another.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+
+use api::{Events, VmConfig};
+use hypervisor::{BootRegisters, CpuIdEntry, Hypervisor, VcpuState, VmOptions};
+use thiserror::Error;
+
+use crate::devices::{DeviceManager, MachineSignals};
+use crate::interrupts::{Router, lock};
+use crate::memory::{self, GuestRam};
+use crate::state::{self, VmState};
+use crate::vcpus::{self, Exits, GuestEvents, Vcpus};
+
+/// Errors of a VM's life.
+#[derive(Debug, Error)]
+pub enum Error {
+    /// Guest RAM.
+    #[error(transparent)]
+    Memory(#[from] memory::Error),
+    /// The hypervisor refused something.
+    #[error("{what}: {source}")]
+    Hypervisor {
+        /// What was tried.
+        what: &'static str,
+        /// Why not.
+        source: hypervisor::Error,
+    },
+    /// vCPUs.
+    #[error(transparent)]
+    Vcpus(#[from] vcpus::Error),
+    /// Devices.
+    #[error(transparent)]
+    Devices(#[from] crate::devices::Error),
+    /// Kernel, initramfs, command line, CPUID or ACPI tables.
+    #[error("boot: {0}")]
+    Boot(String),
+    /// A saved state of another version or shape.
+    #[error("saved state: {0}")]
+    State(String),
+    /// The VM was stopped for good.
+    #[error("the VM was stopped: {0}")]
+    Stopped(String),
+}
+
+/// What every VM of a VMM needs.
+#[derive(Clone)]
+pub struct VmContext {
+    /// The hypervisor.
+    pub hypervisor: Arc<dyn Hypervisor>,
+    /// The event monitor.
+    pub events: Events,
+    /// Gets what the guest asks for (power-off, reset).
+    pub requests: crossbeam_channel::Sender<GuestRequest>,
+}
+
+/// What a guest asks of the VMM.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum GuestRequest {
+    /// Power off.
+    Shutdown,
+    /// Reset.
+    Reset,
+    /// A vCPU cannot run on.
+    Failed(String),
+}
+
+/// Who keeps a VM still. It runs when nobody does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Holder {
+    /// Not started yet, or paused by the API.
+    User = 1,
+    /// A checkpoint is being taken.
+    Ft = 2,
+    /// FT slows the guest down; devices go on.
+    Throttle = 4,
+    /// The VMM changes something that the guest must not see half done (reset, backend exchange).
+    Vmm = 8,
+    /// Never to run again.
+    Stopped = 16,
+}
+
+struct Signals {
+    requests: crossbeam_channel::Sender<GuestRequest>,
+}
+
+impl Signals {
+    fn send(&self, request: GuestRequest) {
+        // The receiver lives as long as the VMM; after it, nobody is interested.
+        let _ = self.requests.send(request);
+    }
+}
+
+impl GuestEvents for Signals {
+    fn reset(&self) {
+        self.send(GuestRequest::Reset);
+    }
+
+    fn failed(&self, reason: String) {
+        self.send(GuestRequest::Failed(reason));
+    }
+}
+
+impl MachineSignals for Signals {
+    fn shutdown(&self) {
+        self.send(GuestRequest::Shutdown);
+    }
+
+    fn reset(&self) {
+        self.send(GuestRequest::Reset);
+    }
+}
+
+struct Run {
+    holders: u8,
+    stop_reason: Option<String>,
+}
+
+/// One virtual machine.
+pub struct Vm {
+    config: VmConfig,
+    uuid: String,
+    kvm: Arc<dyn hypervisor::Vm>,
+    cpuid: Vec<CpuIdEntry>,
+    tsc_khz: u32,
+    vcpus: Vcpus,
+    devices: DeviceManager,
+    ram: GuestRam,
+    run: Mutex<Run>,
+    power_on: Mutex<Option<Vec<VcpuState>>>,
+    down: AtomicBool,
+}
+
+impl Vm {
+    /// Builds the VM; nothing runs yet. `uuid` names it to FT's arbiter; a fresh one when `None`.
+    pub fn new(config: VmConfig, uuid: Option<String>, context: &VmContext) -> Result<Arc<Self>, Error> {
+        let hv = |what| move |source| Error::Hypervisor { what, source };
+        let ram = GuestRam::new(&config.memory)?;
+        let kvm = context.hypervisor.create_vm(VmOptions::default()).map_err(hv("create the VM"))?;
+        ram.attach(kvm.as_ref())?;
+        let vcpu_count = config.cpus.boot_vcpus;
+        let supported = context.hypervisor.supported_cpuid().map_err(hv("read the host's CPUID"))?;
+        let tsc_khz = context.hypervisor.capabilities().tsc_khz.unwrap_or(0);
+        let signals = Arc::new(Signals { requests: context.requests.clone() });
+        let router = Router::new(kvm.clone());
+        let devices = DeviceManager::new(&config, &ram, &kvm, &router, signals.clone())?;
+        let mut vcpus = Vec::with_capacity(usize::from(vcpu_count));
+        let mut cpuid = Vec::new();
+        for id in 0..vcpu_count {
+            let mut vcpu = kvm.create_vcpu(id).map_err(hv("create a vCPU"))?;
+            let entries = arch::cpuid::guest_cpuid(&supported, id, vcpu_count, Some(tsc_khz).filter(|k| *k > 0));
+            vcpu.set_cpuid(&entries).map_err(hv("set CPUID"))?;
+            if id == 0 {
+                cpuid = entries;
+            }
+            vcpus.push(vcpu);
+        }
+        let exits = Exits {
+            pio: devices.pio().clone(),
+            mmio: devices.mmio().clone(),
+            ioapic: devices.ioapic().clone(),
+            events: signals,
+        };
+        let vcpus = Vcpus::start(vcpus, &exits)?;
+        devices.pause();
+        Ok(Arc::new(Self {
+            config,
+            uuid: uuid.unwrap_or_else(|| uuid::Uuid::new_v4().to_string()),
+            kvm,
+            cpuid,
+            tsc_khz,
+            vcpus,
+            devices,
+            ram,
+            run: Mutex::new(Run { holders: Holder::User as u8, stop_reason: None }),
+            power_on: Mutex::new(None),
+            down: AtomicBool::new(false),
+        }))
+    }
+
+    /// The configuration.
+    pub fn config(&self) -> &VmConfig {
+        &self.config
+    }
+
+    /// Stable id of the VM.
+    pub fn uuid(&self) -> &str {
+        &self.uuid
+    }
+
+    /// The hypervisor's VM.
+    pub fn kvm(&self) -> &Arc<dyn hypervisor::Vm> {
+        &self.kvm
+    }
+
+    /// CPUID of vCPU 0.
+    pub fn cpuid(&self) -> &[CpuIdEntry] {
+        &self.cpuid
+    }
+
+    /// Guest TSC frequency; 0 when the host does not tell it.
+    pub fn tsc_khz(&self) -> u32 {
+        self.tsc_khz
+    }
+
+    /// The vCPUs.
+    pub fn vcpus(&self) -> &Vcpus {
+        &self.vcpus
+    }
+
+    /// The devices.
+    pub fn devices(&self) -> &DeviceManager {
+        &self.devices
+    }
+
+    /// Guest RAM.
+    pub fn ram(&self) -> &GuestRam {
+        &self.ram
+    }
+
+    /// Loads the kernel and lets the boot vCPU start at its entry.
+    pub fn boot(&self) -> Result<(), Error> {
+        self.load()?;
+        self.resume(Holder::User)
+    }
+
+    fn load(&self) -> Result<(), Error> {
+        let registers = self.load_payload()?;
+        let states = self.vcpus.set_boot_registers(&registers)?;
+        lock(&self.power_on).get_or_insert(states);
+        Ok(())
+    }
+
+    fn load_payload(&self) -> Result<BootRegisters, Error> {
+        crate::boot::load(&self.config, &self.ram, &self.devices).map_err(Error::Boot)
+    }
+
+    /// Holds the VM still: every vCPU out of the guest, every device at a request boundary. Idempotent for a holder.
+    pub fn pause(&self, holder: Holder) -> Result<(), Error> {
+        let mut run = lock(&self.run);
+        let before = run.holders;
+        run.holders |= holder as u8;
+        if before == 0 {
+            self.vcpus.pause();
+        }
+        if before & !(Holder::Throttle as u8) == 0 {
+            self.devices.pause();
+        }
+        Ok(())
+    }
+
+    /// Takes a hold back; the VM runs when it was the last.
+    pub fn resume(&self, holder: Holder) -> Result<(), Error> {
+        let mut run = lock(&self.run);
+        if let Some(reason) = &run.stop_reason {
+            return Err(Error::Stopped(reason.clone()));
+        }
+        let before = run.holders;
+        run.holders &= !(holder as u8);
+        if before & !(Holder::Throttle as u8) != 0 && run.holders & !(Holder::Throttle as u8) == 0 {
+            self.devices.resume();
+        }
+        if before != 0 && run.holders == 0 {
+            self.vcpus.resume();
+        }
+        Ok(())
+    }
+
+    /// Holds only the vCPUs still.
+    pub fn pause_vcpus(&self, holder: Holder) {
+        let mut run = lock(&self.run);
+        let before = run.holders;
+        run.holders |= holder as u8;
+        if before == 0 {
+            self.vcpus.pause();
+        }
+    }
+
+    /// Undoes [`Vm::pause_vcpus`].
+    pub fn resume_vcpus(&self, holder: Holder) {
+        let mut run = lock(&self.run);
+        let before = run.holders;
+        run.holders &= !(holder as u8);
+        if before != 0 && run.holders == 0 {
+            self.vcpus.resume();
+        }
+    }
+
+    /// The user (or the API's pause) holds it.
+    pub fn is_user_paused(&self) -> bool {
+        lock(&self.run).holders & (Holder::User as u8) != 0
+    }
+
+    /// It never runs again here, and why.
+    pub fn stop_reason(&self) -> Option<String> {
+        lock(&self.run).stop_reason.clone()
+    }
+
+    /// Holds the VM still for ever: this host lost or gave away the right to run it (rule R4).
+    pub fn stop_for_good(&self, reason: &str) {
+        let _ = self.pause(Holder::Stopped);
+        lock(&self.run).stop_reason.get_or_insert_with(|| reason.to_string());
+    }
+
+    /// Complete state; the VM must be paused.
+    pub fn state(&self) -> Result<VmState, Error> {
+        Ok(VmState {
+            version: state::VERSION,
+            vcpus: self.vcpus.states()?,
+            clock: self.kvm.clock().map_err(|source| Error::Hypervisor { what: "read kvmclock", source })?,
+            ioapic: self.devices.ioapic().state(),
+            serial: self.devices.serial().state(),
+            rtc: self.devices.rtc().state(),
+            ged: self.devices.ged().state(),
+            virtio: self.devices.virtio_states(),
+        })
+    }
+
+    /// Loads a complete state into this VM, which must never have run, and whose RAM must already be that state's.
+    /// Guest clocks go on at their saved values plus `advance_ns`.
+    pub fn set_state(&self, state: &VmState, advance_ns: u64) -> Result<(), Error> {
+        if state.version != state::VERSION {
+            return Err(Error::State(format!("version {}, this VMM knows {}", state.version, state::VERSION)));
+        }
+        let clock = |source| Error::Hypervisor { what: "set kvmclock", source };
+        self.devices.set_states(state)?;
+        self.kvm.set_clock(&state.clock, advance_ns).map_err(clock)?;
+        self.vcpus.set_states(&state.vcpus, advance_ns)?;
+        Ok(())
+    }
+
+    /// Resets the machine in place, as its reset button would: devices and vCPUs as at power-on, RAM zero, the kernel
+    /// loaded anew. FT goes on over it: to the backup it is one more change of state.
+    pub fn reset(&self) -> Result<(), Error> {
+        self.pause(Holder::Vmm)?;
+        let power_on = lock(&self.power_on).clone();
+        let result = (|| {
+            self.devices.reset()?;
+            self.ram.zero()?;
+            if let Some(states) = &power_on {
+                self.vcpus.set_states(states, 0)?;
+            }
+            let registers = self.load_payload()?;
+            self.vcpus.set_boot_registers(&registers)?;
+            Ok(())
+        })();
+        match result {
+            Ok(()) => self.resume(Holder::Vmm),
+            Err(e) => Err(e),
+        }
+    }
+
+    /// Presses the power button.
+    pub fn power_button(&self) {
+        self.devices.power_button();
+    }
+
+    /// Announces the VM's addresses on all its networks, as after a move.
+    pub fn announce(&self) {
+        for net in self.devices.nets() {
+            net.announce();
+        }
+    }
+
+    /// Ends all threads and closes all devices. Idempotent. Not from a vCPU or device thread.
+    pub fn shutdown(&self) {
+        if !self.down.swap(true, Ordering::SeqCst) {
+            self.vcpus.stop();
+            self.devices.shutdown();
+        }
+    }
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        self.shutdown();
+    }
+}
