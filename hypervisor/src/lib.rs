@@ -115,8 +115,8 @@ pub enum VcpuExit<'a> {
     Reset,
     /// Kicked, or a signal arrived: any pending I/O instruction is complete.
     Interrupted,
-    /// The dirty ring is (nearly) full: harvest it, then run on.
-    DirtyRingFull,
+    /// Something inside the backend was done (a full dirty ring was emptied): run on.
+    Again,
 }
 
 /// Entry to the host's virtualization interface.
@@ -179,7 +179,7 @@ pub trait Vcpu: Send {
     /// Complete state. Must not be called while the vCPU runs or has an I/O instruction pending.
     fn state(&mut self) -> Result<VcpuState>;
     /// Restores a complete state. The guest's TSC goes on at its saved value plus `advance_ns` nanoseconds (by offset,
-    /// the same for all vCPUs that are restored with the same `host_tsc_base`), so that time moves on over a failover.
+    /// the same for all vCPUs whose states have the same `tsc` and that are restored with the same `host_tsc_base`), so that time moves on over a failover.
     fn set_state(&mut self, state: &VcpuState, advance_ns: u64, host_tsc_base: u64) -> Result<()>;
 }
 

@@ -9,7 +9,7 @@ use std::thread::JoinHandle;
 
 use devices::bus::Bus;
 use devices::ioapic::Ioapic;
-use hypervisor::{Vcpu, VcpuExit, VcpuKicker, VcpuState};
+use hypervisor::{BootRegisters, Vcpu, VcpuExit, VcpuKicker, VcpuState};
 use thiserror::Error;
 
 use crate::interrupts::lock;
@@ -153,9 +153,19 @@ impl Vcpus {
         }
     }
 
-    /// States of all vCPUs; only while paused.
+    /// States of all vCPUs; only while paused. Their time stamp counters are all as of the moment of the first.
     pub fn states(&self) -> Result<Vec<VcpuState>, Error> {
-        self.vcpus.iter().enumerate().map(|(i, v)| lock(v).state().map_err(|e| Error::Vcpu(i, e))).collect()
+        let mut states = Vec::with_capacity(self.vcpus.len());
+        for (i, vcpu) in self.vcpus.iter().enumerate() {
+            states.push(lock(vcpu).state().map_err(|e| Error::Vcpu(i, e))?);
+        }
+        if let Some(moment) = states.first().map(|s| s.host_tsc) {
+            for state in &mut states {
+                state.tsc = state.tsc.wrapping_sub(state.host_tsc.wrapping_sub(moment));
+                state.host_tsc = moment;
+            }
+        }
+        Ok(states)
     }
 
     /// Loads states; only while paused. Time stamp counters go on at their saved value plus `advance_ns`.
@@ -168,6 +178,14 @@ impl Vcpus {
             lock(vcpu).set_state(state, advance_ns, base).map_err(|e| Error::Vcpu(i, e))?;
         }
         Ok(())
+    }
+
+    /// Lets the boot vCPU start at a kernel's entry; only while paused, in power-on state.
+    pub fn set_boot_registers(&self, registers: &BootRegisters) -> Result<(), Error> {
+        match self.vcpus.first() {
+            Some(boot) => lock(boot).set_boot_registers(registers).map_err(|e| Error::Vcpu(0, e)),
+            None => Ok(()),
+        }
     }
 
     /// Ends all vCPU threads. Must not be called from one of them.
@@ -269,7 +287,7 @@ fn run_until_kicked(vcpu: &mut dyn Vcpu, exits: &Exits) -> Result<Left, String> 
             VcpuExit::Interrupted => return Ok(Left::Kicked),
             VcpuExit::Shutdown | VcpuExit::Reset => return Ok(Left::Reset),
             VcpuExit::Hlt => return Err("halted without a local APIC".into()),
-            VcpuExit::DirtyRingFull => return Err("the dirty ring is full although it is not in use".into()),
+            VcpuExit::Again => {}
         }
     }
 }

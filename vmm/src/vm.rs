@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use api::{Events, VmConfig};
-use hypervisor::{BootRegisters, CpuIdEntry, Hypervisor, VcpuState, VmOptions};
+use hypervisor::{CpuIdEntry, Hypervisor, VcpuState, VmOptions};
 use thiserror::Error;
 
 use crate::devices::{DeviceManager, MachineSignals};
@@ -36,9 +36,9 @@ pub enum Error {
     /// Devices.
     #[error(transparent)]
     Devices(#[from] crate::devices::Error),
-    /// Kernel, initramfs, command line, CPUID or ACPI tables.
-    #[error("boot: {0}")]
-    Boot(String),
+    /// Kernel, initramfs, command line or ACPI tables.
+    #[error(transparent)]
+    Boot(#[from] crate::boot::Error),
     /// A saved state of another version or shape.
     #[error("saved state: {0}")]
     State(String),
@@ -132,7 +132,8 @@ pub struct Vm {
     devices: DeviceManager,
     ram: GuestRam,
     run: Mutex<Run>,
-    power_on: Mutex<Option<Vec<VcpuState>>>,
+    /// vCPU states before the first instruction, for resets.
+    power_on: Vec<VcpuState>,
     down: AtomicBool,
 }
 
@@ -167,6 +168,7 @@ impl Vm {
             events: signals,
         };
         let vcpus = Vcpus::start(vcpus, &exits)?;
+        let power_on = vcpus.states()?;
         devices.pause();
         Ok(Arc::new(Self {
             config,
@@ -178,7 +180,7 @@ impl Vm {
             devices,
             ram,
             run: Mutex::new(Run { holders: Holder::User as u8, stop_reason: None }),
-            power_on: Mutex::new(None),
+            power_on,
             down: AtomicBool::new(false),
         }))
     }
@@ -230,14 +232,9 @@ impl Vm {
     }
 
     fn load(&self) -> Result<(), Error> {
-        let registers = self.load_payload()?;
-        let states = self.vcpus.set_boot_registers(&registers)?;
-        lock(&self.power_on).get_or_insert(states);
+        let registers = crate::boot::load(&self.config, &self.ram)?;
+        self.vcpus.set_boot_registers(&registers)?;
         Ok(())
-    }
-
-    fn load_payload(&self) -> Result<BootRegisters, Error> {
-        crate::boot::load(&self.config, &self.ram, &self.devices).map_err(Error::Boot)
     }
 
     /// Holds the VM still: every vCPU out of the guest, every device at a request boundary. Idempotent for a holder.
@@ -338,16 +335,11 @@ impl Vm {
     /// loaded anew. FT goes on over it: to the backup it is one more change of state.
     pub fn reset(&self) -> Result<(), Error> {
         self.pause(Holder::Vmm)?;
-        let power_on = lock(&self.power_on).clone();
         let result = (|| {
             self.devices.reset()?;
             self.ram.zero()?;
-            if let Some(states) = &power_on {
-                self.vcpus.set_states(states, 0)?;
-            }
-            let registers = self.load_payload()?;
-            self.vcpus.set_boot_registers(&registers)?;
-            Ok(())
+            self.vcpus.set_states(&self.power_on, 0)?;
+            self.load()
         })();
         match result {
             Ok(()) => self.resume(Holder::Vmm),

@@ -1,6 +1,6 @@
 //! The KVM backend.
 //!
-//! [`KvmHypervisor`] opens /dev/kvm; `vm` is a VM with its slots and dirty log, `vcpu` a vCPU and its state, `kick`
+//! [`KvmHypervisor`] opens /dev/kvm; `vm` is a VM with its slots and dirty log, `dirty` its dirty rings, `vcpu` a vCPU and its state, `kick`
 //! how another thread gets a vCPU out of the guest.
 
 use std::sync::Arc;
@@ -10,6 +10,7 @@ use kvm_ioctls::{Cap, Kvm};
 use crate::error::{Error, Result, ioctl};
 use crate::{Capabilities, CpuIdEntry, Hypervisor, Vm, VmOptions};
 
+mod dirty;
 mod kick;
 mod vcpu;
 mod vm;

@@ -6,11 +6,12 @@
 use std::sync::Arc;
 
 use kvm_bindings::{
-    CpuId, KVM_CAP_XSAVE2, KVM_SYSTEM_EVENT_RESET, KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, Msrs, Xsave,
-    kvm_device_attr, kvm_dtable, kvm_msr_entry, kvm_regs, kvm_segment,
+    CpuId, KVM_CAP_XSAVE2, KVM_EXIT_DIRTY_RING_FULL, KVM_SYSTEM_EVENT_RESET, KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET,
+    Msrs, Xsave, kvm_device_attr, kvm_dtable, kvm_msr_entry, kvm_regs, kvm_segment,
 };
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 
+use super::dirty::Rings;
 use super::kick::Target;
 use crate::error::{Error, Result, ioctl};
 use crate::state::VCPU_STATE_VERSION;
@@ -27,16 +28,17 @@ const MTRR_WRITE_BACK: u64 = 1 << 11 | 6;
 
 // kvm-ioctls offers the device attributes of vCPUs on other architectures only.
 vmm_sys_util::ioctl_iow_nr!(KVM_SET_DEVICE_ATTR, kvm_bindings::KVMIO, 0xe1, kvm_device_attr);
+vmm_sys_util::ioctl_iow_nr!(KVM_GET_DEVICE_ATTR, kvm_bindings::KVMIO, 0xe2, kvm_device_attr);
 vmm_sys_util::ioctl_iow_nr!(KVM_HAS_DEVICE_ATTR, kvm_bindings::KVMIO, 0xe3, kvm_device_attr);
 
-fn tsc_offset_ioctl(fd: &VcpuFd, request: libc::c_ulong, value: &u64) -> std::io::Result<()> {
+fn tsc_offset_ioctl(fd: &VcpuFd, request: libc::c_ulong, value: &mut u64) -> std::io::Result<()> {
     let attr = kvm_device_attr {
         group: KVM_VCPU_TSC_CTRL,
         attr: u64::from(KVM_VCPU_TSC_OFFSET),
-        addr: std::ptr::from_ref(value) as u64,
+        addr: std::ptr::from_mut(value) as u64,
         flags: 0,
     };
-    // SAFETY: both requests read a struct kvm_device_attr, whose `addr` points to a u64 that outlives the call.
+    // SAFETY: the requests read a struct kvm_device_attr, whose `addr` points to a u64 that outlives the call.
     match unsafe { vmm_sys_util::ioctl::ioctl_with_ref(fd, request, &attr) } {
         0 => Ok(()),
         _ => Err(std::io::Error::last_os_error()),
@@ -45,7 +47,7 @@ fn tsc_offset_ioctl(fd: &VcpuFd, request: libc::c_ulong, value: &u64) -> std::io
 
 /// The vCPU attribute KVM_VCPU_TSC_OFFSET is there (KVM API, vcpu devices, 4.1).
 pub(super) fn has_tsc_offset(fd: &VcpuFd) -> bool {
-    tsc_offset_ioctl(fd, KVM_HAS_DEVICE_ATTR(), &0).is_ok()
+    tsc_offset_ioctl(fd, KVM_HAS_DEVICE_ATTR(), &mut 0).is_ok()
 }
 
 /// A vCPU.
@@ -57,10 +59,19 @@ pub(super) struct KvmVcpu {
     has_xsave2: bool,
     tsc_offset: bool,
     kicker: Option<Arc<Target>>,
+    rings: Option<Arc<Rings>>,
+    /// As given to `set_cpuid`.
+    cpuid: Vec<CpuIdEntry>,
 }
 
 impl KvmVcpu {
-    pub(super) fn new(kvm: &Kvm, vm: &VmFd, fd: VcpuFd, capabilities: &Capabilities) -> Result<Self> {
+    pub(super) fn new(
+        kvm: &Kvm,
+        vm: &VmFd,
+        fd: VcpuFd,
+        capabilities: &Capabilities,
+        rings: Option<Arc<Rings>>,
+    ) -> Result<Self> {
         let listed = kvm.get_msr_index_list().map_err(ioctl("list MSRs"))?;
         let xsave_size = vm.check_extension_raw(u64::from(KVM_CAP_XSAVE2));
         let xsave_size = usize::try_from(xsave_size).unwrap_or(0);
@@ -71,6 +82,8 @@ impl KvmVcpu {
             has_xsave2: xsave_size > 0,
             tsc_offset: capabilities.tsc_offset,
             kicker: None,
+            rings,
+            cpuid: Vec::new(),
         };
         this.choose_msrs(listed.as_slice());
         Ok(this)
@@ -115,6 +128,22 @@ impl KvmVcpu {
                 "MSR {index:#x} cannot be set to {data:#x} on this host"
             ))),
         }
+    }
+
+    /// The guest's TSC, and the host's at the same moment. By the offset where there is one, so that the vCPUs of a VM
+    /// stay in step to the tick.
+    fn tsc(&self) -> Result<(u64, u64)> {
+        if self.tsc_offset {
+            let mut offset = 0;
+            tsc_offset_ioctl(&self.fd, KVM_GET_DEVICE_ATTR(), &mut offset).map_err(|source| Error::Ioctl {
+                what: "read the TSC offset",
+                source,
+            })?;
+            let host = super::host_tsc();
+            return Ok((host.wrapping_add(offset), host));
+        }
+        let tsc = self.read_msr(MSR_IA32_TSC)?.unwrap_or(0);
+        Ok((tsc, super::host_tsc()))
     }
 
     fn xsave(&self) -> Result<Vec<u32>> {
@@ -165,7 +194,7 @@ fn segment(base: u64, selector: u16, type_: u8, long: bool) -> kvm_segment {
         type_,
         present: 1,
         dpl: 0,
-        db: u8::from(!long && type_ & 8 != 0 || type_ & 8 == 0),
+        db: u8::from(!long || type_ & 8 == 0),
         s: 1,
         l: u8::from(long),
         g: 1,
@@ -199,6 +228,12 @@ impl Vcpu for KvmVcpu {
                 Kvm::Intr => VcpuExit::Interrupted,
                 Kvm::SystemEvent(KVM_SYSTEM_EVENT_RESET, _) => VcpuExit::Reset,
                 Kvm::SystemEvent(..) => VcpuExit::Shutdown,
+                Kvm::Unsupported(KVM_EXIT_DIRTY_RING_FULL) => {
+                    if let Some(rings) = &self.rings {
+                        rings.collect()?;
+                    }
+                    VcpuExit::Again
+                }
                 other => return Err(Error::Guest(format!("KVM exit {other:?}"))),
             }),
             Err(e) if e.errno() == libc::EINTR || e.errno() == libc::EAGAIN => Ok(VcpuExit::Interrupted),
@@ -218,7 +253,9 @@ impl Vcpu for KvmVcpu {
 
     fn set_cpuid(&mut self, entries: &[CpuIdEntry]) -> Result<()> {
         let cpuid = CpuId::from_entries(entries).map_err(|_| Error::Missing("room for so many CPUID leaves"))?;
-        self.fd.set_cpuid2(&cpuid).map_err(ioctl("set CPUID"))
+        self.fd.set_cpuid2(&cpuid).map_err(ioctl("set CPUID"))?;
+        self.cpuid = entries.to_vec();
+        Ok(())
     }
 
     fn set_boot_registers(&mut self, boot: &BootRegisters) -> Result<()> {
@@ -318,15 +355,10 @@ impl Vcpu for KvmVcpu {
             }
         }
         let events = self.fd.get_vcpu_events().map_err(ioctl("read pending events"))?;
-        let tsc = self.read_msr(MSR_IA32_TSC)?.unwrap_or(0);
-        let host_tsc = super::host_tsc();
-        let cpuid = self
-            .fd
-            .get_cpuid2(kvm_bindings::KVM_MAX_CPUID_ENTRIES)
-            .map_err(ioctl("read CPUID"))?;
+        let (tsc, host_tsc) = self.tsc()?;
         Ok(VcpuState {
             version: VCPU_STATE_VERSION,
-            cpuid: cpuid.as_slice().to_vec(),
+            cpuid: self.cpuid.clone(),
             regs,
             sregs,
             xcrs,
@@ -374,8 +406,8 @@ impl Vcpu for KvmVcpu {
             self.write_msr(MSR_IA32_TSC_ADJUST, adjust)?;
         }
         if self.tsc_offset {
-            let offset = tsc.wrapping_sub(host_tsc_base);
-            tsc_offset_ioctl(&self.fd, KVM_SET_DEVICE_ATTR(), &offset).map_err(|source| Error::Ioctl {
+            let mut offset = tsc.wrapping_sub(host_tsc_base);
+            tsc_offset_ioctl(&self.fd, KVM_SET_DEVICE_ATTR(), &mut offset).map_err(|source| Error::Ioctl {
                 what: "set the TSC offset",
                 source,
             })?;
@@ -398,6 +430,8 @@ impl Vcpu for KvmVcpu {
         self.fd
             .set_debug_regs(&state.debugregs)
             .map_err(ioctl("set debug registers"))?;
+        // Tells a guest with kvmclock that it stood still, so that its lockup detector keeps quiet; EINVAL without one.
+        let _ = self.fd.kvmclock_ctrl();
         Ok(())
     }
 }

@@ -1,18 +1,20 @@
 //! A KVM VM: memory slots, dirty log, interrupts, clock.
 //!
-//! Dirty pages are logged in KVM's bitmap. `slots` (the table of slots and whether they are logged) is the only lock.
+//! Dirty pages are logged in the dirty rings when the VM was made with them, else in KVM's bitmap. Lock order: `slots`
+//! (the table of slots and whether they are logged), then the rings' own mutex.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvm_bindings::{
-    KVM_CAP_SPLIT_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, KvmIrqRouting,
-    kvm_enable_cap, kvm_irq_routing_entry, kvm_irq_routing_entry__bindgen_ty_1, kvm_irq_routing_msi,
-    kvm_irq_routing_msi__bindgen_ty_1, kvm_msi, kvm_userspace_memory_region,
+    KVM_CAP_DIRTY_LOG_RING, KVM_CAP_SPLIT_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY,
+    KvmIrqRouting, kvm_dirty_gfn, kvm_enable_cap, kvm_irq_routing_entry, kvm_irq_routing_entry__bindgen_ty_1,
+    kvm_irq_routing_msi, kvm_irq_routing_msi__bindgen_ty_1, kvm_msi, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Kvm, NoDatamatch, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::dirty::Rings;
 use super::vcpu::KvmVcpu;
 use crate::error::{Error, Result, ioctl};
 use crate::{
@@ -32,6 +34,7 @@ struct Slots {
 pub struct KvmVm {
     // Kept open: the vCPUs' capability checks go through it.
     kvm: Arc<Kvm>,
+    rings: Option<Arc<Rings>>,
     vm: VmFd,
     capabilities: Capabilities,
     slots: Mutex<Slots>,
@@ -39,11 +42,6 @@ pub struct KvmVm {
 
 impl KvmVm {
     pub(super) fn new(kvm: Arc<Kvm>, capabilities: Capabilities, options: VmOptions) -> Result<Self> {
-        if options.dirty_ring_entries != 0 {
-            return Err(Error::Missing(
-                "dirty ring support in this build (the dirty bitmap is used)",
-            ));
-        }
         let vm = kvm.create_vm().map_err(ioctl("create a VM"))?;
         vm.set_tss_address(TSS_ADDRESS).map_err(ioctl("place the TSS"))?;
         vm.set_identity_map_address(IDENTITY_MAP_ADDRESS)
@@ -54,8 +52,21 @@ impl KvmVm {
             ..Default::default()
         };
         vm.enable_cap(&split).map_err(ioctl("use the split irqchip"))?;
+        let entries = options.dirty_ring_entries;
+        let rings = if entries == 0 {
+            None
+        } else {
+            let ring = kvm_enable_cap {
+                cap: KVM_CAP_DIRTY_LOG_RING,
+                args: [u64::from(entries) * size_of::<kvm_dirty_gfn>() as u64, 0, 0, 0],
+                ..Default::default()
+            };
+            vm.enable_cap(&ring).map_err(ioctl("use dirty rings"))?;
+            Some(Arc::new(Rings::new(&vm, entries)?))
+        };
         Ok(Self {
             kvm,
+            rings,
             vm,
             capabilities,
             slots: Mutex::new(Slots {
@@ -120,7 +131,9 @@ impl Vm for KvmVm {
     }
 
     fn start_dirty_log(&self) -> Result<()> {
-        self.log(true)
+        self.log(true)?;
+        // What was collected in an earlier round of logging does not count.
+        self.harvest_dirty().map(|_| ())
     }
 
     fn stop_dirty_log(&self) -> Result<()> {
@@ -131,6 +144,9 @@ impl Vm for KvmVm {
         let slots = self.slots();
         if !slots.logging {
             return Ok(Vec::new());
+        }
+        if let Some(rings) = &self.rings {
+            return rings.take(slots.slots.values().filter(|s| !s.readonly));
         }
         slots
             .slots
@@ -148,7 +164,11 @@ impl Vm for KvmVm {
 
     fn create_vcpu(&self, id: u8) -> Result<Box<dyn Vcpu>> {
         let fd = self.vm.create_vcpu(u64::from(id)).map_err(ioctl("create a vCPU"))?;
-        Ok(Box::new(KvmVcpu::new(&self.kvm, &self.vm, fd, &self.capabilities)?))
+        if let Some(rings) = &self.rings {
+            rings.add(&fd)?;
+        }
+        let vcpu = KvmVcpu::new(&self.kvm, &self.vm, fd, &self.capabilities, self.rings.clone())?;
+        Ok(Box::new(vcpu))
     }
 
     fn register_irqfd(&self, fd: &EventFd, gsi: u32) -> Result<()> {

@@ -1,0 +1,180 @@
+//! KVM's dirty ring (KVM API 8.29): each vCPU reports the pages that it wrote in a ring shared with this process.
+//!
+//! A ring belongs to its vCPU; whoever harvests collects all rings under one mutex into `words`, one bitmap per slot,
+//! and lets KVM protect the collected pages again. vCPUs whose ring is full collect by themselves and run on, so
+//! nothing outside of the backend knows which of the two logs is in use.
+
+use std::collections::BTreeMap;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+use kvm_bindings::{KVM_DIRTY_LOG_PAGE_OFFSET, kvm_dirty_gfn};
+use kvm_ioctls::{VcpuFd, VmFd};
+
+use crate::error::{Error, Result};
+use crate::{DirtyBitmap, MemorySlot, PAGE_SIZE};
+
+const GFN_DIRTY: u32 = 1;
+const GFN_RESET: u32 = 2;
+
+vmm_sys_util::ioctl_io_nr!(KVM_RESET_DIRTY_RINGS, kvm_bindings::KVMIO, 0xc7);
+
+/// The mapped ring of one vCPU.
+struct Ring {
+    entries: *mut kvm_dirty_gfn,
+    len: u32,
+    next: u32,
+}
+
+// SAFETY: the mapping belongs to this struct alone and is only touched under `Rings::state`.
+unsafe impl Send for Ring {}
+
+impl Ring {
+    fn map(vcpu: &VcpuFd, len: u32) -> Result<Self> {
+        let bytes = len as usize * size_of::<kvm_dirty_gfn>();
+        let offset = i64::from(KVM_DIRTY_LOG_PAGE_OFFSET) * PAGE_SIZE as i64;
+        // SAFETY: a fresh shared mapping of the vCPU's ring; KVM checks offset and length.
+        let entries = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                bytes,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_SHARED,
+                vcpu.as_raw_fd(),
+                offset,
+            )
+        };
+        if entries == libc::MAP_FAILED {
+            let source = std::io::Error::last_os_error();
+            return Err(Error::Ioctl {
+                what: "map a dirty ring",
+                source,
+            });
+        }
+        Ok(Self {
+            entries: entries.cast(),
+            len,
+            next: 0,
+        })
+    }
+
+    /// Takes every reported page; gives how many there were.
+    fn collect(&mut self, mut page: impl FnMut(u32, u64)) -> u32 {
+        let mut taken = 0;
+        while taken < self.len {
+            // SAFETY: `next` is below `len`, the mapping has `len` entries.
+            let entry = unsafe { self.entries.add((self.next % self.len) as usize) };
+            // SAFETY: the field is a properly aligned u32 in the mapping; KVM and this process access it atomically.
+            let flags = unsafe { AtomicU32::from_ptr(std::ptr::addr_of_mut!((*entry).flags)) };
+            if flags.load(Ordering::Acquire) & (GFN_DIRTY | GFN_RESET) != GFN_DIRTY {
+                break;
+            }
+            // SAFETY: a dirty entry is not written by KVM until it was reset.
+            let (slot, offset) = unsafe { ((*entry).slot, (*entry).offset) };
+            page(slot & 0xffff, offset);
+            flags.store(GFN_RESET, Ordering::Release);
+            self.next = (self.next + 1) % self.len;
+            taken += 1;
+        }
+        taken
+    }
+}
+
+impl Drop for Ring {
+    fn drop(&mut self) {
+        // SAFETY: the mapping was made by `map` with this length and nobody else knows it.
+        unsafe { libc::munmap(self.entries.cast(), self.len as usize * size_of::<kvm_dirty_gfn>()) };
+    }
+}
+
+#[derive(Default)]
+struct State {
+    rings: Vec<Ring>,
+    words: BTreeMap<u32, Vec<u64>>,
+}
+
+/// The rings of all vCPUs of a VM.
+pub(super) struct Rings {
+    // A descriptor of its own: a vCPU may outlive the VM's struct.
+    vm: OwnedFd,
+    entries: u32,
+    state: Mutex<State>,
+}
+
+impl Rings {
+    /// `entries` per vCPU.
+    pub(super) fn new(vm: &VmFd, entries: u32) -> Result<Self> {
+        // SAFETY: `vm` keeps the descriptor open for the time of this call.
+        let vm = unsafe { BorrowedFd::borrow_raw(vm.as_raw_fd()) }
+            .as_fd()
+            .try_clone_to_owned();
+        let vm = vm.map_err(|source| Error::Ioctl {
+            what: "duplicate the VM's descriptor",
+            source,
+        })?;
+        Ok(Self {
+            vm,
+            entries,
+            state: Mutex::default(),
+        })
+    }
+
+    /// Maps the ring of a new vCPU.
+    pub(super) fn add(&self, vcpu: &VcpuFd) -> Result<()> {
+        let ring = Ring::map(vcpu, self.entries)?;
+        self.state
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .rings
+            .push(ring);
+        Ok(())
+    }
+
+    /// Moves all reported pages to the bitmaps and lets KVM log them anew.
+    pub(super) fn collect(&self) -> Result<()> {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        self.collect_locked(&mut state)
+    }
+
+    fn collect_locked(&self, state: &mut State) -> Result<()> {
+        let State { rings, words } = state;
+        let mut taken = 0;
+        for ring in rings {
+            taken += ring.collect(|slot, page| {
+                let words = words.entry(slot).or_default();
+                let (word, bit) = ((page / 64) as usize, page % 64);
+                if words.len() <= word {
+                    words.resize(word + 1, 0);
+                }
+                words[word] |= 1 << bit;
+            });
+        }
+        if taken == 0 {
+            return Ok(());
+        }
+        // SAFETY: the ioctl has no argument; `vm` is this struct's own descriptor.
+        if unsafe { libc::ioctl(self.vm.as_raw_fd(), KVM_RESET_DIRTY_RINGS()) } < 0 {
+            let source = std::io::Error::last_os_error();
+            return Err(Error::Ioctl {
+                what: "reset the dirty rings",
+                source,
+            });
+        }
+        Ok(())
+    }
+
+    /// Collects, then takes the bitmaps of `slots`.
+    pub(super) fn take<'a>(&self, slots: impl Iterator<Item = &'a MemorySlot>) -> Result<Vec<DirtyBitmap>> {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        self.collect_locked(&mut state)?;
+        let mut words = std::mem::take(&mut state.words);
+        Ok(slots
+            .map(|s| {
+                let mut words = words.remove(&s.slot).unwrap_or_default();
+                words.resize((s.size / PAGE_SIZE).div_ceil(64) as usize, 0);
+                DirtyBitmap { slot: s.slot, words }
+            })
+            .collect())
+    }
+}

@@ -1,0 +1,197 @@
+//! The KVM backend on this host's /dev/kvm, with a few instructions as guest. Needs /dev/kvm.
+
+#![allow(clippy::unwrap_used)]
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use hypervisor::kvm::KvmHypervisor;
+use hypervisor::{BootRegisters, DirtyBitmap, Hypervisor, MemorySlot, PAGE_SIZE, Vcpu, VcpuExit, Vm, VmOptions};
+
+const RAM: u64 = 4 << 20;
+const CODE: u64 = 0x1000;
+const FIRST_PAGE: u64 = 0x10_0000;
+const PAGES: u8 = 16;
+
+/// Writes one byte to each of 16 pages from 1 MiB on, then writes to port 0x10 for ever.
+const PROGRAM: [u8; 25] = [
+    0xbf, 0x00, 0x00, 0x10, 0x00, // mov edi, 0x100000
+    0xb9, PAGES, 0x00, 0x00, 0x00, // mov ecx, 16
+    0xc6, 0x07, 0xaa, // mov byte [edi], 0xaa
+    0x81, 0xc7, 0x00, 0x10, 0x00, 0x00, // add edi, 0x1000
+    0xe2, 0xf5, // loop
+    0xe6, 0x10, // out 0x10, al
+    0xeb, 0xfc, // jmp to the out
+];
+
+struct Machine {
+    vm: Arc<dyn Vm>,
+    vcpu: Box<dyn Vcpu>,
+    ram: *mut u8,
+}
+
+impl Machine {
+    fn new(options: VmOptions) -> Self {
+        let hypervisor = KvmHypervisor::new().expect("this test needs /dev/kvm");
+        let vm = hypervisor.create_vm(options).unwrap();
+        // SAFETY: a fresh anonymous mapping.
+        let ram = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                RAM as usize,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+                -1,
+                0,
+            )
+        };
+        assert_ne!(ram, libc::MAP_FAILED);
+        let ram: *mut u8 = ram.cast();
+        // SAFETY: CODE lies within the mapping, which nobody else uses yet.
+        unsafe { std::ptr::copy_nonoverlapping(PROGRAM.as_ptr(), ram.add(CODE as usize), PROGRAM.len()) };
+        let slot = MemorySlot {
+            slot: 0,
+            guest_addr: 0,
+            size: RAM,
+            host_addr: ram as u64,
+            readonly: false,
+        };
+        vm.add_memory(slot).unwrap();
+        let mut vcpu = vm.create_vcpu(0).unwrap();
+        vcpu.set_cpuid(&hypervisor.supported_cpuid().unwrap()).unwrap();
+        vcpu.set_boot_registers(&BootRegisters::Pvh {
+            entry: CODE,
+            start_info: 0,
+        })
+        .unwrap();
+        Self { vm, vcpu, ram }
+    }
+
+    fn run_to_port(&mut self) {
+        loop {
+            match self.vcpu.run().unwrap() {
+                VcpuExit::PioWrite(0x10, _) => return,
+                VcpuExit::Again | VcpuExit::Interrupted => {}
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        // SAFETY: the mapping of `new`; the vCPU does not run any more.
+        unsafe { libc::munmap(self.ram.cast(), RAM as usize) };
+    }
+}
+
+fn pages(log: &[DirtyBitmap]) -> Vec<u64> {
+    let words = &log[0].words;
+    (0..RAM / PAGE_SIZE)
+        .filter(|p| words[(p / 64) as usize] >> (p % 64) & 1 != 0)
+        .collect()
+}
+
+fn dirty_log(options: VmOptions) {
+    let mut machine = Machine::new(options);
+    machine.vm.start_dirty_log().unwrap();
+    machine.run_to_port();
+    let expected: Vec<u64> = (0..u64::from(PAGES)).map(|n| FIRST_PAGE / PAGE_SIZE + n).collect();
+    let found = pages(&machine.vm.harvest_dirty().unwrap());
+    for page in &expected {
+        assert!(
+            found.contains(page),
+            "page {page:#x} was written but is not in {found:x?}"
+        );
+    }
+    machine.run_to_port();
+    assert_eq!(
+        pages(&machine.vm.harvest_dirty().unwrap()),
+        Vec::<u64>::new(),
+        "harvesting clears the log"
+    );
+    // Written again after harvest: logged again.
+    machine
+        .vcpu
+        .set_boot_registers(&BootRegisters::Pvh {
+            entry: CODE,
+            start_info: 0,
+        })
+        .unwrap();
+    machine.run_to_port();
+    let again = pages(&machine.vm.harvest_dirty().unwrap());
+    assert!(expected.iter().all(|p| again.contains(p)), "{again:x?}");
+    machine.vm.stop_dirty_log().unwrap();
+    assert!(machine.vm.harvest_dirty().unwrap().is_empty());
+}
+
+#[test]
+fn dirty_bitmap_sees_every_written_page_once_per_harvest() {
+    dirty_log(VmOptions::default());
+}
+
+#[test]
+fn dirty_ring_sees_every_written_page_once_per_harvest() {
+    let hypervisor = KvmHypervisor::new().expect("this test needs /dev/kvm");
+    let options = VmOptions {
+        dirty_ring_entries: 1024,
+    };
+    if hypervisor.capabilities().dirty_ring {
+        dirty_log(options);
+    } else {
+        assert!(
+            hypervisor.create_vm(options).is_err(),
+            "a ring on a host without it must be refused"
+        );
+    }
+}
+
+#[test]
+fn state_moves_to_another_vcpu() {
+    let mut first = Machine::new(VmOptions::default());
+    first.run_to_port();
+    // Complete the port instruction before the state is read.
+    let kicker = first.vcpu.kicker();
+    kicker.kick();
+    assert!(matches!(first.vcpu.run().unwrap(), VcpuExit::Interrupted));
+    kicker.clear();
+    let state = first.vcpu.state().unwrap();
+    assert_eq!(
+        (state.regs.rcx, state.regs.rdi),
+        (0, FIRST_PAGE + u64::from(PAGES) * PAGE_SIZE)
+    );
+    let json = serde_json::to_string(&state).unwrap();
+    let state = serde_json::from_str(&json).unwrap();
+
+    let mut second = Machine::new(VmOptions::default());
+    let base = hypervisor::kvm::host_tsc();
+    second.vcpu.set_state(&state, 1_000_000, base).unwrap();
+    second.run_to_port();
+    let kicker = second.vcpu.kicker();
+    kicker.kick();
+    assert!(matches!(second.vcpu.run().unwrap(), VcpuExit::Interrupted));
+    let moved = second.vcpu.state().unwrap();
+    assert_eq!((moved.regs.rcx, moved.regs.rdi), (state.regs.rcx, state.regs.rdi));
+    assert!(moved.tsc >= state.tsc, "time does not go back");
+    let mut newer = state.clone();
+    newer.version += 1;
+    assert!(second.vcpu.set_state(&newer, 0, base).is_err());
+}
+
+#[test]
+fn a_kick_from_another_thread_ends_a_run() {
+    let mut machine = Machine::new(VmOptions::default());
+    let kicker = machine.vcpu.kicker();
+    let thread = std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_millis(20));
+        kicker.kick();
+    });
+    loop {
+        match machine.vcpu.run().unwrap() {
+            VcpuExit::Interrupted => break,
+            VcpuExit::PioWrite(..) | VcpuExit::Again => {}
+            other => panic!("{other:?}"),
+        }
+    }
+    thread.join().unwrap();
+}
