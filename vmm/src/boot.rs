@@ -35,16 +35,31 @@ pub enum Error {
 }
 
 fn open(what: &'static str, path: &Path) -> Result<File, Error> {
-    File::open(path).map_err(|source| Error::Open { what, path: path.display().to_string(), source })
+    File::open(path).map_err(|source| Error::Open {
+        what,
+        path: path.display().to_string(),
+        source,
+    })
 }
 
 /// Puts everything into guest RAM and gives the boot vCPU's registers. The VM must not run.
 pub fn load(config: &VmConfig, ram: &GuestRam) -> Result<BootRegisters, Error> {
     let payload = config.payload.as_ref().ok_or(Error::NoKernel)?;
     let mut kernel = open("kernel", payload.kernel.as_deref().ok_or(Error::NoKernel)?)?;
-    let mut initramfs = payload.initramfs.as_deref().map(|path| open("initramfs", path)).transpose()?;
+    let mut initramfs = payload
+        .initramfs
+        .as_deref()
+        .map(|path| open("initramfs", path))
+        .transpose()?;
     let memory = ram.memory().as_ref();
     let rsdp = arch::acpi::install(memory, ram.size(), config.cpus.boot_vcpus)?;
     let cmdline = payload.cmdline.as_deref().unwrap_or("");
-    Ok(arch::kernel::load(memory, ram.size(), &mut kernel, initramfs.as_mut(), cmdline, rsdp)?)
+    Ok(arch::kernel::load(
+        memory,
+        ram.size(),
+        &mut kernel,
+        initramfs.as_mut(),
+        cmdline,
+        rsdp,
+    )?)
 }

@@ -35,7 +35,10 @@ impl HostConsole {
             ConsoleMode::Null => (Output::Null, None),
             ConsoleMode::Tty => (Output::Stdout, Some(stdin()?)),
             ConsoleMode::File => {
-                let path = config.file.as_ref().ok_or_else(|| io::Error::other("mode File needs a `file`"))?;
+                let path = config
+                    .file
+                    .as_ref()
+                    .ok_or_else(|| io::Error::other("mode File needs a `file`"))?;
                 let file = OpenOptions::new().append(true).create(true).mode(0o600).open(path);
                 let file = file.map_err(|e| io::Error::new(e.kind(), format!("{}: {e}", path.display())))?;
                 (Output::File(file), None)
@@ -66,7 +69,9 @@ impl ConsoleBackend for HostConsole {
     }
 
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        let Some(input) = &mut self.input else { return Err(io::ErrorKind::WouldBlock.into()) };
+        let Some(input) = &mut self.input else {
+            return Err(io::ErrorKind::WouldBlock.into());
+        };
         if !readable(&[input.as_raw_fd()], 0)?[0] {
             return Err(io::ErrorKind::WouldBlock.into());
         }
@@ -80,8 +85,14 @@ impl ConsoleBackend for HostConsole {
 
 /// Waits up to `timeout_ms` (-1: for ever) and tells which descriptors are readable, or at their end.
 fn readable(fds: &[RawFd], timeout_ms: i32) -> io::Result<Vec<bool>> {
-    let mut polls: Vec<libc::pollfd> =
-        fds.iter().map(|fd| libc::pollfd { fd: *fd, events: libc::POLLIN, revents: 0 }).collect();
+    let mut polls: Vec<libc::pollfd> = fds
+        .iter()
+        .map(|fd| libc::pollfd {
+            fd: *fd,
+            events: libc::POLLIN,
+            revents: 0,
+        })
+        .collect();
     // SAFETY: `polls` is a valid array of its length for the time of the call.
     let n = unsafe { libc::poll(polls.as_mut_ptr(), polls.len() as libc::nfds_t, timeout_ms) };
     if n < 0 {
@@ -164,13 +175,18 @@ pub struct SerialInput {
 impl SerialInput {
     /// Starts the thread when the console has an input.
     pub fn start(console: &SharedConsole, serial: Arc<Serial>, gate: Arc<Gate>) -> io::Result<Option<Self>> {
-        let Some(fd) = lock(console).poll_fd() else { return Ok(None) };
+        let Some(fd) = lock(console).poll_fd() else {
+            return Ok(None);
+        };
         let stop = EventFd::new(EFD_NONBLOCK)?;
         let (stopped, console) = (stop.try_clone()?, console.clone());
         let thread = std::thread::Builder::new()
             .name("serial-input".into())
             .spawn(move || serial_input(fd, &stopped, &console, &serial, &gate))?;
-        Ok(Some(Self { stop, thread: Some(thread) }))
+        Ok(Some(Self {
+            stop,
+            thread: Some(thread),
+        }))
     }
 }
 

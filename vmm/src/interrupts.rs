@@ -41,7 +41,13 @@ pub struct Router {
 impl Router {
     /// An empty table.
     pub fn new(vm: Arc<dyn Vm>) -> Arc<Self> {
-        Arc::new(Self { vm, table: Mutex::new(Table { routes: BTreeMap::new(), next_gsi: FIRST_MSI_GSI }) })
+        Arc::new(Self {
+            vm,
+            table: Mutex::new(Table {
+                routes: BTreeMap::new(),
+                next_gsi: FIRST_MSI_GSI,
+            }),
+        })
     }
 
     fn update(&self, gsi: u32, message: Option<MsiMessage>) -> io::Result<()> {
@@ -53,8 +59,14 @@ impl Router {
         if before == message {
             return Ok(());
         }
-        let routes: Vec<MsiRoute> =
-            table.routes.iter().map(|(gsi, message)| MsiRoute { gsi: *gsi, message: *message }).collect();
+        let routes: Vec<MsiRoute> = table
+            .routes
+            .iter()
+            .map(|(gsi, message)| MsiRoute {
+                gsi: *gsi,
+                message: *message,
+            })
+            .collect();
         self.vm.set_msi_routes(&routes).map_err(other)
     }
 
@@ -75,7 +87,10 @@ impl Router {
             self.vm.register_irqfd(&fd, gsi).map_err(other)?;
             vectors.push(Vector { fd, gsi });
         }
-        Ok(Arc::new(Vectors { router: self.clone(), vectors }))
+        Ok(Arc::new(Vectors {
+            router: self.clone(),
+            vectors,
+        }))
     }
 }
 
@@ -107,7 +122,9 @@ pub struct Vectors {
 
 impl Vectors {
     fn get(&self, vector: u16) -> io::Result<&Vector> {
-        self.vectors.get(usize::from(vector)).ok_or_else(|| io::Error::other(format!("no MSI-X vector {vector}")))
+        self.vectors
+            .get(usize::from(vector))
+            .ok_or_else(|| io::Error::other(format!("no MSI-X vector {vector}")))
     }
 }
 
@@ -127,10 +144,14 @@ pub struct Notifier(pub Arc<dyn Vm>);
 
 impl NotifyRegistrar for Notifier {
     fn register(&self, addr: u64, fd: &EventFd) -> io::Result<()> {
-        self.0.register_ioevent(fd, IoEventAddress::Mmio(addr), None).map_err(other)
+        self.0
+            .register_ioevent(fd, IoEventAddress::Mmio(addr), None)
+            .map_err(other)
     }
 
     fn unregister(&self, addr: u64, fd: &EventFd) -> io::Result<()> {
-        self.0.unregister_ioevent(fd, IoEventAddress::Mmio(addr), None).map_err(other)
+        self.0
+            .unregister_ioevent(fd, IoEventAddress::Mmio(addr), None)
+            .map_err(other)
     }
 }

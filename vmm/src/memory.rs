@@ -110,15 +110,26 @@ impl GuestRam {
         } else {
             " (does this host have enough free memory?)"
         };
-        let map_error = |source| Error::Map { size: config.size, hint, source };
-        let file = if file_backed { Some(Arc::new(memfd(config.size, huge).map_err(map_error)?)) } else { None };
+        let map_error = |source| Error::Map {
+            size: config.size,
+            hint,
+            source,
+        };
+        let file = if file_backed {
+            Some(Arc::new(memfd(config.size, huge).map_err(map_error)?))
+        } else {
+            None
+        };
         let mut regions = Vec::new();
         let mut offset = 0;
         for (gpa, len) in arch::layout::ram_regions(config.size) {
             let prefault = if config.prefault { libc::MAP_POPULATE } else { 0 };
             let mut builder = MmapRegionBuilder::new_with_bitmap(
                 len as usize,
-                AtomicBitmap::new(len as usize, std::num::NonZeroUsize::new(PAGE_SIZE as usize).unwrap_or(std::num::NonZeroUsize::MIN)),
+                AtomicBitmap::new(
+                    len as usize,
+                    std::num::NonZeroUsize::new(PAGE_SIZE as usize).unwrap_or(std::num::NonZeroUsize::MIN),
+                ),
             )
             .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE);
             builder = match &file {
@@ -129,7 +140,9 @@ impl GuestRam {
                     builder.with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | prefault)
                 }
             };
-            let region = builder.build().map_err(|e| map_error(io::Error::other(e.to_string())))?;
+            let region = builder
+                .build()
+                .map_err(|e| map_error(io::Error::other(e.to_string())))?;
             if config.thp && !file_backed {
                 // SAFETY: the range is the mapping just made; MADV_HUGEPAGE changes no content. A kernel without
                 // transparent huge pages answers EINVAL, which costs speed and nothing else.
@@ -152,7 +165,11 @@ impl GuestRam {
                 readonly: false,
             })
             .collect();
-        Ok(Self { memory: Arc::new(memory), slots, private: !file_backed })
+        Ok(Self {
+            memory: Arc::new(memory),
+            slots,
+            private: !file_backed,
+        })
     }
 
     /// The memory, as devices see it.
@@ -208,14 +225,22 @@ impl GuestRam {
         let len = buf.len();
         self.memory
             .read_slice(buf, GuestAddress(gpa))
-            .map_err(|e| Error::Access { gpa, len, reason: e.to_string() })
+            .map_err(|e| Error::Access {
+                gpa,
+                len,
+                reason: e.to_string(),
+            })
     }
 
     /// Copies `data` to RAM at `gpa`.
     pub fn write(&self, gpa: u64, data: &[u8]) -> Result<(), Error> {
         self.memory
             .write_slice(data, GuestAddress(gpa))
-            .map_err(|e| Error::Access { gpa, len: data.len(), reason: e.to_string() })
+            .map_err(|e| Error::Access {
+                gpa,
+                len: data.len(),
+                reason: e.to_string(),
+            })
     }
 
     /// Makes all RAM zero, as at power-on. The VM must be paused.
@@ -227,7 +252,11 @@ impl GuestRam {
                 let r = unsafe { libc::madvise(region.as_ptr().cast(), slot.size as usize, libc::MADV_DONTNEED) };
                 if r != 0 {
                     let source = io::Error::last_os_error();
-                    return Err(Error::Map { size: slot.size, hint: "", source });
+                    return Err(Error::Map {
+                        size: slot.size,
+                        hint: "",
+                        source,
+                    });
                 }
                 region.bitmap().mark_dirty(0, slot.size as usize);
                 continue;
@@ -236,11 +265,13 @@ impl GuestRam {
             let mut done = 0;
             while done < slot.size {
                 let n = (slot.size - done).min(zeroes.len() as u64) as usize;
-                region.write_slice(&zeroes[..n], MemoryRegionAddress(done)).map_err(|e| Error::Access {
-                    gpa: slot.guest_addr + done,
-                    len: n,
-                    reason: e.to_string(),
-                })?;
+                region
+                    .write_slice(&zeroes[..n], MemoryRegionAddress(done))
+                    .map_err(|e| Error::Access {
+                        gpa: slot.guest_addr + done,
+                        len: n,
+                        reason: e.to_string(),
+                    })?;
                 done += n as u64;
             }
         }
@@ -249,25 +280,31 @@ impl GuestRam {
 
     /// Writes all RAM to `file`, region after region; pages of zeroes are left as holes.
     pub fn save(&self, file: &File) -> Result<(), Error> {
-        file.set_len(self.size()).map_err(|source| Error::File { offset: 0, source })?;
+        file.set_len(self.size())
+            .map_err(|source| Error::File { offset: 0, source })?;
         self.walk(|ram, gpa, offset, buf| {
             ram.read(gpa, buf)?;
             if buf.iter().all(|b| *b == 0) {
                 return Ok(());
             }
-            file.write_all_at(buf, offset).map_err(|source| Error::File { offset, source })
+            file.write_all_at(buf, offset)
+                .map_err(|source| Error::File { offset, source })
         })
     }
 
     /// Reads all RAM from a file that [`GuestRam::save`] wrote.
     pub fn load(&self, file: &File) -> Result<(), Error> {
-        let len = file.metadata().map_err(|source| Error::File { offset: 0, source })?.len();
+        let len = file
+            .metadata()
+            .map_err(|source| Error::File { offset: 0, source })?
+            .len();
         if len != self.size() {
             let source = io::Error::other(format!("has {len} bytes, the VM's RAM has {}", self.size()));
             return Err(Error::File { offset: 0, source });
         }
         self.walk(|ram, gpa, offset, buf| {
-            file.read_exact_at(buf, offset).map_err(|source| Error::File { offset, source })?;
+            file.read_exact_at(buf, offset)
+                .map_err(|source| Error::File { offset, source })?;
             if buf.iter().all(|b| *b == 0) {
                 return Ok(());
             }
@@ -322,7 +359,13 @@ mod tests {
     use super::*;
 
     fn slot(gpa: u64, pages: u64) -> MemorySlot {
-        MemorySlot { slot: 0, guest_addr: gpa, size: pages * PAGE_SIZE, host_addr: 0, readonly: false }
+        MemorySlot {
+            slot: 0,
+            guest_addr: gpa,
+            size: pages * PAGE_SIZE,
+            host_addr: 0,
+            readonly: false,
+        }
     }
 
     #[test]
@@ -334,8 +377,14 @@ mod tests {
             out,
             vec![
                 PageRange { gpa: page(0), count: 1 },
-                PageRange { gpa: page(63), count: 3 },
-                PageRange { gpa: page(128), count: 2 }
+                PageRange {
+                    gpa: page(63),
+                    count: 3
+                },
+                PageRange {
+                    gpa: page(128),
+                    count: 2
+                }
             ]
         );
     }

@@ -39,7 +39,11 @@ pub struct Vmm {
 }
 
 fn error(status: u16, code: &str, message: impl std::fmt::Display) -> ApiError {
-    ApiError { status, code: code.into(), message: message.to_string() }
+    ApiError {
+        status,
+        code: code.into(),
+        message: message.to_string(),
+    }
 }
 
 fn internal(e: impl std::fmt::Display) -> ApiError {
@@ -51,7 +55,11 @@ fn not_created() -> ApiError {
 }
 
 fn not_booted() -> ApiError {
-    error(405, "vm_not_booted", "the VM is not running: boot it with vm.boot first")
+    error(
+        405,
+        "vm_not_booted",
+        "the VM is not running: boot it with vm.boot first",
+    )
 }
 
 impl Vmm {
@@ -59,7 +67,11 @@ impl Vmm {
     pub fn new(options: VmmOptions) -> anyhow::Result<Arc<Self>> {
         let hypervisor: Arc<dyn Hypervisor> = Arc::new(hypervisor::kvm::KvmHypervisor::new()?);
         let (requests, from_guest) = crossbeam_channel::unbounded();
-        let context = VmContext { hypervisor, events: options.events, requests };
+        let context = VmContext {
+            hypervisor,
+            events: options.events,
+            requests,
+        };
         let slot: Arc<Mutex<Slot>> = Arc::default();
         #[cfg(feature = "ft")]
         let plugin: Option<Arc<dyn Plugin>> = {
@@ -69,7 +81,11 @@ impl Vmm {
                 slot.config = Some(vm.config().clone());
                 slot.vm = Some(vm);
             });
-            Some(Arc::new(crate::ft::FtPlugin::new(context.clone(), options.ft_arbiter, adopt)))
+            Some(Arc::new(crate::ft::FtPlugin::new(
+                context.clone(),
+                options.ft_arbiter,
+                adopt,
+            )))
         };
         #[cfg(not(feature = "ft"))]
         let plugin = {
@@ -78,7 +94,12 @@ impl Vmm {
             }
             None
         };
-        let vmm = Arc::new(Self { context, slot, plugin, exit: Arc::default() });
+        let vmm = Arc::new(Self {
+            context,
+            slot,
+            plugin,
+            exit: Arc::default(),
+        });
         let weak = Arc::downgrade(&vmm);
         std::thread::Builder::new()
             .name("vmm-control".into())
@@ -175,7 +196,11 @@ impl Vmm {
         }
         let mut slot = lock(&self.slot);
         if slot.config.is_some() {
-            return Err(error(409, "vm_already_created", "there is a VM already: delete it with vm.delete first"));
+            return Err(error(
+                409,
+                "vm_already_created",
+                "there is a VM already: delete it with vm.delete first",
+            ));
         }
         slot.config = Some(config);
         drop(slot);
@@ -185,7 +210,9 @@ impl Vmm {
 
     fn boot(&self) -> Result<Response, ApiError> {
         let mut slot = lock(&self.slot);
-        let Some(config) = slot.config.clone() else { return Err(not_created()) };
+        let Some(config) = slot.config.clone() else {
+            return Err(not_created());
+        };
         if slot.vm.is_some() {
             return Err(error(405, "vm_already_booted", "the VM is already running"));
         }
@@ -231,7 +258,11 @@ impl Vmm {
     fn snapshot(&self, request: &VmSnapshotConfig) -> Result<Response, ApiError> {
         let vm = self.booted()?;
         if !vm.is_user_paused() {
-            return Err(error(405, "vm_not_paused", "pause the VM with vm.pause before a snapshot"));
+            return Err(error(
+                405,
+                "vm_not_paused",
+                "pause the VM with vm.pause before a snapshot",
+            ));
         }
         let dir = snapshot::directory(&request.destination_url).map_err(|e| error(400, "bad_url", e))?;
         self.emit("snapshotting");
@@ -247,16 +278,20 @@ impl Vmm {
         }
         let mut slot = lock(&self.slot);
         if slot.config.is_some() {
-            return Err(error(404, "vm_already_created", "there is a VM already: delete it with vm.delete first"));
+            return Err(error(
+                404,
+                "vm_already_created",
+                "there is a VM already: delete it with vm.delete first",
+            ));
         }
         let dir = snapshot::directory(&request.source_url).map_err(|e| error(400, "bad_url", e))?;
         self.emit("restoring");
         let (config, state) = snapshot::load(&dir).map_err(|e| error(400, "bad_snapshot", e))?;
         config.validate().map_err(|e| error(400, "bad_snapshot", e))?;
         let vm = Vm::new(config.clone(), None, &self.context).map_err(internal)?;
-        let loaded = snapshot::load_memory(&dir, vm.ram()).map_err(|e| error(400, "bad_snapshot", e)).and_then(|()| {
-            vm.set_state(&state, 0).map_err(|e| error(400, "bad_snapshot", e))
-        });
+        let loaded = snapshot::load_memory(&dir, vm.ram())
+            .map_err(|e| error(400, "bad_snapshot", e))
+            .and_then(|()| vm.set_state(&state, 0).map_err(|e| error(400, "bad_snapshot", e)));
         if let Err(e) = loaded {
             vm.shutdown();
             return Err(e);
@@ -273,7 +308,9 @@ impl Vmm {
 
     fn info(&self) -> Result<Response, ApiError> {
         let slot = lock(&self.slot);
-        let Some(config) = slot.config.clone() else { return Err(not_created()) };
+        let Some(config) = slot.config.clone() else {
+            return Err(not_created());
+        };
         let (state, memory_actual_size) = match &slot.vm {
             None => (ApiVmState::Created, config.memory.size),
             Some(vm) if vm.stop_reason().is_some() => (ApiVmState::Shutdown, vm.ram().size()),

@@ -48,17 +48,29 @@ pub enum Error {
 
 /// The directory that a `file://` URL names.
 pub fn directory(url: &str) -> Result<PathBuf, Error> {
-    let path = url.strip_prefix("file://").map(PathBuf::from).filter(|p| p.is_absolute());
+    let path = url
+        .strip_prefix("file://")
+        .map(PathBuf::from)
+        .filter(|p| p.is_absolute());
     path.ok_or_else(|| Error::Url(url.into()))
 }
 
 fn io_error(path: &Path) -> impl FnOnce(io::Error) -> Error + '_ {
-    move |source| Error::Io { path: path.into(), source }
+    move |source| Error::Io {
+        path: path.into(),
+        source,
+    }
 }
 
 fn write_whole(dir: &Path, name: &str, write: impl FnOnce(&File) -> Result<(), Error>) -> Result<(), Error> {
     let (path, part) = (dir.join(name), dir.join(format!("{name}.part")));
-    let file = File::options().read(true).write(true).create(true).truncate(true).open(&part).map_err(io_error(&part))?;
+    let file = File::options()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .open(&part)
+        .map_err(io_error(&part))?;
     write(&file)?;
     file.sync_all().map_err(io_error(&part))?;
     fs::rename(&part, &path).map_err(io_error(&path))
@@ -68,8 +80,10 @@ fn write_json<T: Serialize>(dir: &Path, name: &str, value: &T) -> Result<(), Err
     write_whole(dir, name, |file| {
         let path = dir.join(name);
         let mut out = BufWriter::new(file);
-        serde_json::to_writer(&mut out, value)
-            .map_err(|e| Error::Format { path: path.clone(), reason: e.to_string() })?;
+        serde_json::to_writer(&mut out, value).map_err(|e| Error::Format {
+            path: path.clone(),
+            reason: e.to_string(),
+        })?;
         out.flush().map_err(io_error(&path))
     })
 }
@@ -77,7 +91,10 @@ fn write_json<T: Serialize>(dir: &Path, name: &str, value: &T) -> Result<(), Err
 fn read_json<T: DeserializeOwned>(dir: &Path, name: &str) -> Result<T, Error> {
     let path = dir.join(name);
     let file = File::open(&path).map_err(io_error(&path))?;
-    serde_json::from_reader(BufReader::new(file)).map_err(|e| Error::Format { path, reason: e.to_string() })
+    serde_json::from_reader(BufReader::new(file)).map_err(|e| Error::Format {
+        path,
+        reason: e.to_string(),
+    })
 }
 
 /// Writes a snapshot of a paused VM into `dir`, which is made when it does not exist.
@@ -85,7 +102,10 @@ pub fn save(dir: &Path, config: &VmConfig, state: &VmState, ram: &GuestRam) -> R
     fs::create_dir_all(dir).map_err(io_error(dir))?;
     if dir.join(STATE).exists() {
         let source = io::Error::new(io::ErrorKind::AlreadyExists, "the directory already holds a snapshot");
-        return Err(Error::Io { path: dir.into(), source });
+        return Err(Error::Io {
+            path: dir.into(),
+            source,
+        });
     }
     write_json(dir, CONFIG, config)?;
     write_whole(dir, MEMORY, |file| Ok(ram.save(file)?))?;

@@ -94,7 +94,11 @@ impl Vcpus {
             }),
             changed: Condvar::new(),
         });
-        let this = Self { vcpus, shared, threads: Mutex::new(Vec::new()) };
+        let this = Self {
+            vcpus,
+            shared,
+            threads: Mutex::new(Vec::new()),
+        };
         for (i, vcpu) in this.vcpus.iter().enumerate() {
             let (vcpu, shared, exits) = (vcpu.clone(), this.shared.clone(), exits.clone());
             let thread = std::thread::Builder::new()
@@ -140,7 +144,11 @@ impl Vcpus {
     fn wait_parked(&self) {
         let mut control = lock(&self.shared.control);
         while control.parked < control.running {
-            control = self.shared.changed.wait(control).unwrap_or_else(PoisonError::into_inner);
+            control = self
+                .shared
+                .changed
+                .wait(control)
+                .unwrap_or_else(PoisonError::into_inner);
         }
     }
 
@@ -171,11 +179,16 @@ impl Vcpus {
     /// Loads states; only while paused. Time stamp counters go on at their saved value plus `advance_ns`.
     pub fn set_states(&self, states: &[VcpuState], advance_ns: u64) -> Result<(), Error> {
         if states.len() != self.vcpus.len() {
-            return Err(Error::Count { expected: self.vcpus.len(), found: states.len() });
+            return Err(Error::Count {
+                expected: self.vcpus.len(),
+                found: states.len(),
+            });
         }
         let base = hypervisor::kvm::host_tsc();
         for (i, (vcpu, state)) in self.vcpus.iter().zip(states).enumerate() {
-            lock(vcpu).set_state(state, advance_ns, base).map_err(|e| Error::Vcpu(i, e))?;
+            lock(vcpu)
+                .set_state(state, advance_ns, base)
+                .map_err(|e| Error::Vcpu(i, e))?;
         }
         Ok(())
     }

@@ -142,12 +142,20 @@ impl Vm {
     pub fn new(config: VmConfig, uuid: Option<String>, context: &VmContext) -> Result<Arc<Self>, Error> {
         let hv = |what| move |source| Error::Hypervisor { what, source };
         let ram = GuestRam::new(&config.memory)?;
-        let kvm = context.hypervisor.create_vm(VmOptions::default()).map_err(hv("create the VM"))?;
+        let kvm = context
+            .hypervisor
+            .create_vm(VmOptions::default())
+            .map_err(hv("create the VM"))?;
         ram.attach(kvm.as_ref())?;
         let vcpu_count = config.cpus.boot_vcpus;
-        let supported = context.hypervisor.supported_cpuid().map_err(hv("read the host's CPUID"))?;
+        let supported = context
+            .hypervisor
+            .supported_cpuid()
+            .map_err(hv("read the host's CPUID"))?;
         let tsc_khz = context.hypervisor.capabilities().tsc_khz.unwrap_or(0);
-        let signals = Arc::new(Signals { requests: context.requests.clone() });
+        let signals = Arc::new(Signals {
+            requests: context.requests.clone(),
+        });
         let router = Router::new(kvm.clone());
         let devices = DeviceManager::new(&config, &ram, &kvm, &router, signals.clone())?;
         let mut vcpus = Vec::with_capacity(usize::from(vcpu_count));
@@ -179,7 +187,10 @@ impl Vm {
             vcpus,
             devices,
             ram,
-            run: Mutex::new(Run { holders: Holder::User as u8, stop_reason: None }),
+            run: Mutex::new(Run {
+                holders: Holder::User as u8,
+                stop_reason: None,
+            }),
             power_on,
             down: AtomicBool::new(false),
         }))
@@ -309,7 +320,10 @@ impl Vm {
         Ok(VmState {
             version: state::VERSION,
             vcpus: self.vcpus.states()?,
-            clock: self.kvm.clock().map_err(|source| Error::Hypervisor { what: "read kvmclock", source })?,
+            clock: self.kvm.clock().map_err(|source| Error::Hypervisor {
+                what: "read kvmclock",
+                source,
+            })?,
             ioapic: self.devices.ioapic().state(),
             serial: self.devices.serial().state(),
             rtc: self.devices.rtc().state(),
@@ -322,9 +336,16 @@ impl Vm {
     /// Guest clocks go on at their saved values plus `advance_ns`.
     pub fn set_state(&self, state: &VmState, advance_ns: u64) -> Result<(), Error> {
         if state.version != state::VERSION {
-            return Err(Error::State(format!("version {}, this VMM knows {}", state.version, state::VERSION)));
+            return Err(Error::State(format!(
+                "version {}, this VMM knows {}",
+                state.version,
+                state::VERSION
+            )));
         }
-        let clock = |source| Error::Hypervisor { what: "set kvmclock", source };
+        let clock = |source| Error::Hypervisor {
+            what: "set kvmclock",
+            source,
+        };
         self.devices.set_states(state)?;
         self.kvm.set_clock(&state.clock, advance_ns).map_err(clock)?;
         self.vcpus.set_states(&state.vcpus, advance_ns)?;

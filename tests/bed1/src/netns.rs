@@ -20,9 +20,16 @@ pub const TAP: &str = "tap0";
 
 /// Runs a command; its output is part of the error when it fails.
 pub fn run(program: &str, args: &[&str]) -> Result<String> {
-    let output = Command::new(program).args(args).output().with_context(|| format!("start {program}"))?;
+    let output = Command::new(program)
+        .args(args)
+        .output()
+        .with_context(|| format!("start {program}"))?;
     if !output.status.success() {
-        bail!("{program} {}: {}", args.join(" "), String::from_utf8_lossy(&output.stderr).trim());
+        bail!(
+            "{program} {}: {}",
+            args.join(" "),
+            String::from_utf8_lossy(&output.stderr).trim()
+        );
     }
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
@@ -39,19 +46,26 @@ pub struct Network {
 impl Network {
     /// Builds the network; names carry this process's id, so that several beds can stand side by side.
     pub fn new() -> Result<Self> {
-        let this = Self { tag: format!("ft{}", std::process::id()) };
+        let this = Self {
+            tag: format!("ft{}", std::process::id()),
+        };
         for side in ["c", "a", "b"] {
             // An earlier process of the same number may have been killed.
             let _ = run("ip", &["netns", "del", &this.ns(side)]);
             ip(&format!("netns add {}", this.ns(side)))?;
             ip(&format!("-n {} link set lo up", this.ns(side)))?;
-            ip(&format!("-n {} link add br0 type bridge forward_delay 0", this.ns(side)))?;
+            ip(&format!(
+                "-n {} link add br0 type bridge forward_delay 0",
+                this.ns(side)
+            ))?;
             ip(&format!("-n {} link set br0 up", this.ns(side)))?;
         }
         ip(&format!("-n {} addr add {CLIENT_IP}/24 dev br0", this.ns("c")))?;
         for side in ["a", "b"] {
             let (ns, client) = (this.ns(side), this.ns("c"));
-            ip(&format!("link add up0 netns {ns} type veth peer name to-{side} netns {client}"))?;
+            ip(&format!(
+                "link add up0 netns {ns} type veth peer name to-{side} netns {client}"
+            ))?;
             ip(&format!("-n {client} link set to-{side} master br0 up"))?;
             ip(&format!("-n {ns} link set up0 master br0 up"))?;
             ip(&format!("-n {ns} tuntap add {TAP} mode tap vnet_hdr"))?;

@@ -46,8 +46,16 @@ impl Vmm {
             .stderr(stderr)
             .spawn()
             .context("start cloud-hypervisor")?;
-        let mut this = Self { name: name.into(), child, socket, ch_remote: binary("ch-remote")?, log };
-        this.wait_for("the API socket", Duration::from_secs(20), |vmm| Ok(vmm.remote(&["ping"]).is_ok()))?;
+        let mut this = Self {
+            name: name.into(),
+            child,
+            socket,
+            ch_remote: binary("ch-remote")?,
+            log,
+        };
+        this.wait_for("the API socket", Duration::from_secs(20), |vmm| {
+            Ok(vmm.remote(&["ping"]).is_ok())
+        })?;
         Ok(this)
     }
 
@@ -60,7 +68,12 @@ impl Vmm {
             .output()
             .context("start ch-remote")?;
         if !output.status.success() {
-            bail!("{}: ch-remote {}: {}", self.name, args.join(" "), String::from_utf8_lossy(&output.stderr).trim());
+            bail!(
+                "{}: ch-remote {}: {}",
+                self.name,
+                args.join(" "),
+                String::from_utf8_lossy(&output.stderr).trim()
+            );
         }
         Ok(String::from_utf8_lossy(&output.stdout).into_owned())
     }
@@ -114,7 +127,12 @@ impl Vmm {
                 bail!("{} ended while waiting for {what}: {}", self.name, self.tail());
             }
             if start.elapsed() > limit {
-                bail!("{}: {what} did not come within {} s: {}", self.name, limit.as_secs(), self.tail());
+                bail!(
+                    "{}: {what} did not come within {} s: {}",
+                    self.name,
+                    limit.as_secs(),
+                    self.tail()
+                );
             }
             std::thread::sleep(Duration::from_millis(2));
         }

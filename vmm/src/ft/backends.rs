@@ -81,7 +81,16 @@ impl HeldNet {
     pub fn wrap(inner: Box<dyn NetBackend>, interposer: Arc<Interposer>, nic: u16) -> (Self, Slot<dyn NetBackend>) {
         let poll_fd = inner.poll_fd();
         let slot = Slot::new(inner);
-        (Self { inner: slot.clone(), poll_fd, interposer, nic, frame: vec![0; MAX_FRAME_SIZE] }, slot)
+        (
+            Self {
+                inner: slot.clone(),
+                poll_fd,
+                interposer,
+                nic,
+                frame: vec![0; MAX_FRAME_SIZE],
+            },
+            slot,
+        )
     }
 }
 
@@ -93,7 +102,9 @@ impl NetBackend for HeldNet {
 
     fn receive(&mut self, bufs: &mut [IoSliceMut<'_>]) -> io::Result<usize> {
         let frame = &mut self.frame;
-        let n = self.inner.with(|inner| inner.receive(&mut [IoSliceMut::new(frame)]))??;
+        let n = self
+            .inner
+            .with(|inner| inner.receive(&mut [IoSliceMut::new(frame)]))??;
         let room: usize = bufs.iter().map(|b| b.len()).sum();
         if n > room {
             // Dropped as a full receive queue drops it; never logged, so that a replay cannot differ.
@@ -125,7 +136,10 @@ pub struct ReplayNet {
 impl ReplayNet {
     /// `frames` in the order in which the guest of the primary received them.
     pub fn new(inner: Box<dyn NetBackend>, frames: Vec<Vec<u8>>) -> Self {
-        Self { inner, frames: frames.into() }
+        Self {
+            inner,
+            frames: frames.into(),
+        }
     }
 }
 
@@ -215,7 +229,16 @@ impl TrackedBlock {
     pub fn wrap(inner: Box<dyn BlockBackend>, changed: Arc<ChangedBlocks>) -> (Self, Slot<dyn BlockBackend>) {
         let (size, event_fd) = (inner.size(), inner.event_fd());
         let slot = Slot::new(inner);
-        (Self { inner: slot.clone(), size, event_fd, changed, started: HashMap::new() }, slot)
+        (
+            Self {
+                inner: slot.clone(),
+                size,
+                event_fd,
+                changed,
+                started: HashMap::new(),
+            },
+            slot,
+        )
     }
 }
 
@@ -264,10 +287,24 @@ pub struct LoggedBlock {
 
 impl LoggedBlock {
     /// Wraps `inner`, the backend of disk `disk`.
-    pub fn wrap(inner: Box<dyn BlockBackend>, interposer: Arc<Interposer>, disk: u16) -> (Self, Slot<dyn BlockBackend>) {
+    pub fn wrap(
+        inner: Box<dyn BlockBackend>,
+        interposer: Arc<Interposer>,
+        disk: u16,
+    ) -> (Self, Slot<dyn BlockBackend>) {
         let (size, event_fd) = (inner.size(), inner.event_fd());
         let slot = Slot::new(inner);
-        (Self { inner: slot.clone(), size, event_fd, interposer, disk, bounced: HashMap::new() }, slot)
+        (
+            Self {
+                inner: slot.clone(),
+                size,
+                event_fd,
+                interposer,
+                disk,
+                bounced: HashMap::new(),
+            },
+            slot,
+        )
     }
 }
 
@@ -291,10 +328,16 @@ impl BlockBackend for LoggedBlock {
                     }
                 }
                 let bounce: Box<[u8]> = data.as_slice().into();
-                let iovec = libc::iovec { iov_base: bounce.as_ptr() as *mut libc::c_void, iov_len: bounce.len() };
+                let iovec = libc::iovec {
+                    iov_base: bounce.as_ptr() as *mut libc::c_void,
+                    iov_len: bounce.len(),
+                };
                 self.bounced.insert(tag, bounce);
                 // SAFETY: the boxed bytes stay where they are until the completion of `tag` removes them.
-                let started = self.inner.with(|inner| unsafe { inner.submit(tag, op, &[iovec]) }).flatten();
+                let started = self
+                    .inner
+                    .with(|inner| unsafe { inner.submit(tag, op, &[iovec]) })
+                    .flatten();
                 if let Err(e) = started {
                     self.bounced.remove(&tag);
                     return Err(e);
@@ -303,13 +346,21 @@ impl BlockBackend for LoggedBlock {
                 return Ok(());
             }
             BlockOp::WriteZeroes { offset, len, unmap } => Some(DiskChange::Zero { offset, len, unmap }),
-            BlockOp::Discard { offset, len } => Some(DiskChange::Zero { offset, len, unmap: true }),
+            BlockOp::Discard { offset, len } => Some(DiskChange::Zero {
+                offset,
+                len,
+                unmap: true,
+            }),
             BlockOp::Flush => Some(DiskChange::Flush),
             BlockOp::Read { .. } => None,
         };
         // What a discarded range reads as is the backend's choice; with two copies it must be the same on both.
         let op = match op {
-            BlockOp::Discard { offset, len } => BlockOp::WriteZeroes { offset, len, unmap: true },
+            BlockOp::Discard { offset, len } => BlockOp::WriteZeroes {
+                offset,
+                len,
+                unmap: true,
+            },
             op => op,
         };
         // SAFETY: the caller's promise about the iovecs is passed on unchanged.
@@ -354,7 +405,15 @@ impl HeldConsole {
     ) -> (Self, Slot<dyn ConsoleBackend>) {
         let poll_fd = inner.poll_fd();
         let slot = Slot::new(inner);
-        (Self { inner: slot.clone(), poll_fd, interposer, console }, slot)
+        (
+            Self {
+                inner: slot.clone(),
+                poll_fd,
+                interposer,
+                console,
+            },
+            slot,
+        )
     }
 }
 

@@ -15,11 +15,18 @@ fn parse(text: &str, option: &str) -> Result<ConsoleConfig, Refusal> {
             Some(path) => (ConsoleMode::File, Some(PathBuf::from(path))),
             None => {
                 let message = format!("`ft receive --{option} {text}`: must be off, null, tty or file:PATH");
-                return Err(Refusal { code: "bad_console".into(), message });
+                return Err(Refusal {
+                    code: "bad_console".into(),
+                    message,
+                });
             }
         },
     };
-    Ok(ConsoleConfig { mode, file, ..Default::default() })
+    Ok(ConsoleConfig {
+        mode,
+        file,
+        ..Default::default()
+    })
 }
 
 /// Applies the `serial` and `console` settings of `ft receive`.

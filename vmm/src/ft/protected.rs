@@ -53,7 +53,11 @@ pub(super) fn identity(vm: &Vm) -> Result<Identity, MachineError> {
         .devices()
         .disks()
         .iter()
-        .map(|d| DiskIdentity { id: d.id.clone(), size: d.size, readonly: d.readonly })
+        .map(|d| DiskIdentity {
+            id: d.id.clone(),
+            size: d.size,
+            readonly: d.readonly,
+        })
         .collect();
     Ok(Identity {
         vm_id: vm.uuid().to_string(),
@@ -74,13 +78,25 @@ impl ProtectedVm {
         let mut disks = Vec::new();
         for disk in vm.devices().disks() {
             let file = File::open(&disk.path).map_err(|e| machine_error(format!("{}: {e}", disk.path.display())))?;
-            disks.push(DiskSide { file, size: disk.size, readonly: disk.readonly, changed: Arc::default() });
+            disks.push(DiskSide {
+                file,
+                size: disk.size,
+                readonly: disk.readonly,
+                changed: Arc::default(),
+            });
         }
-        Ok(Arc::new(Self { vm, disks, wraps: Mutex::default(), run_percent: Arc::new(AtomicU8::new(100)) }))
+        Ok(Arc::new(Self {
+            vm,
+            disks,
+            wraps: Mutex::default(),
+            run_percent: Arc::new(AtomicU8::new(100)),
+        }))
     }
 
     fn disk(&self, disk: u16) -> Result<&DiskSide, MachineError> {
-        self.disks.get(usize::from(disk)).ok_or_else(|| machine_error(format!("there is no disk {disk}")))
+        self.disks
+            .get(usize::from(disk))
+            .ok_or_else(|| machine_error(format!("there is no disk {disk}")))
     }
 
     fn unwrap_disks(&self, wraps: &mut Wraps) {
@@ -149,8 +165,14 @@ impl Protected for ProtectedVm {
 
     fn harvest_dirty(&self, out: &mut Vec<PageRun>) -> Result<(), MachineError> {
         let mut ranges = Vec::new();
-        self.vm.ram().harvest_dirty(self.vm.kvm().as_ref(), &mut ranges).map_err(machine_error)?;
-        out.extend(ranges.iter().map(|r| PageRun { gpa: r.gpa, count: r.count }));
+        self.vm
+            .ram()
+            .harvest_dirty(self.vm.kvm().as_ref(), &mut ranges)
+            .map_err(machine_error)?;
+        out.extend(ranges.iter().map(|r| PageRun {
+            gpa: r.gpa,
+            count: r.count,
+        }));
         Ok(())
     }
 

@@ -32,14 +32,21 @@ pub struct VmShadowHost {
 }
 
 fn refuse(code: &str, message: String) -> Refusal {
-    Refusal { code: code.into(), message }
+    Refusal {
+        code: code.into(),
+        message,
+    }
 }
 
 fn prepare_disk(path: &Path, size: u64, id: &str) -> Result<(), Refusal> {
     if path.exists() {
         return Ok(());
     }
-    let made = OpenOptions::new().write(true).create_new(true).open(path).and_then(|f| f.set_len(size));
+    let made = OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .open(path)
+        .and_then(|f| f.set_len(size));
     made.map_err(|e| {
         let message = format!("cannot make {} for disk {id} on the backup: {e}", path.display());
         refuse("disk_create_failed", message)
@@ -48,19 +55,37 @@ fn prepare_disk(path: &Path, size: u64, id: &str) -> Result<(), Refusal> {
 
 impl VmShadowHost {
     fn config(&self, offered: &Identity) -> Result<VmConfig, Refusal> {
-        let mut config: VmConfig = serde_json::from_str(&offered.config)
-            .map_err(|e| refuse("config_not_understood", format!("the backup does not understand the VM's config: {e}")))?;
+        let mut config: VmConfig = serde_json::from_str(&offered.config).map_err(|e| {
+            refuse(
+                "config_not_understood",
+                format!("the backup does not understand the VM's config: {e}"),
+            )
+        })?;
         for over in &self.overrides.disks {
-            let disk = config.disks.iter_mut().flatten().find(|d| d.id.as_deref() == Some(over.id.as_str()));
+            let disk = config
+                .disks
+                .iter_mut()
+                .flatten()
+                .find(|d| d.id.as_deref() == Some(over.id.as_str()));
             let disk = disk.ok_or_else(|| {
-                refuse("no_such_disk", format!("`ft receive --disk id={}`: the VM has no such disk", over.id))
+                refuse(
+                    "no_such_disk",
+                    format!("`ft receive --disk id={}`: the VM has no such disk", over.id),
+                )
             })?;
             disk.path = Some(over.path.clone());
         }
         for over in &self.overrides.net {
-            let net = config.net.iter_mut().flatten().find(|n| n.id.as_deref() == Some(over.id.as_str()));
+            let net = config
+                .net
+                .iter_mut()
+                .flatten()
+                .find(|n| n.id.as_deref() == Some(over.id.as_str()));
             let net = net.ok_or_else(|| {
-                refuse("no_such_net", format!("`ft receive --net id={}`: the VM has no such network device", over.id))
+                refuse(
+                    "no_such_net",
+                    format!("`ft receive --net id={}`: the VM has no such network device", over.id),
+                )
             })?;
             net.tap = Some(over.tap.clone());
         }
@@ -77,7 +102,8 @@ impl VmShadowHost {
 impl ShadowHost for VmShadowHost {
     fn create_shadow(&self, offered: &Identity) -> Result<Box<dyn Shadow>, Refusal> {
         let config = self.config(offered)?;
-        let failed = |e: &dyn std::fmt::Display| refuse("shadow_failed", format!("the backup cannot build the VM: {e}"));
+        let failed =
+            |e: &dyn std::fmt::Display| refuse("shadow_failed", format!("the backup cannot build the VM: {e}"));
         let vm = Vm::new(config, Some(offered.vm_id.clone()), &self.context).map_err(|e| failed(&e))?;
         let mut disks = Vec::new();
         for disk in vm.devices().disks() {
@@ -91,7 +117,12 @@ impl ShadowHost for VmShadowHost {
         let mut identity = identity(&vm).map_err(|e| failed(&e))?;
         // Paths and taps differ by host; what counts is compared field by field.
         identity.config.clone_from(&offered.config);
-        Ok(Box::new(VmShadow { vm, identity, disks, adopt: self.adopt.clone() }))
+        Ok(Box::new(VmShadow {
+            vm,
+            identity,
+            disks,
+            adopt: self.adopt.clone(),
+        }))
     }
 }
 
@@ -134,7 +165,10 @@ impl VmShadow {
         };
         if info.readonly || offset.checked_add(len).is_none_or(|end| end > info.size) {
             let reason = if info.readonly { "is read-only" } else { "ends earlier" };
-            return Err(machine_error(format!("{}: change at {offset} of {len} bytes, but it {reason}", info.id)));
+            return Err(machine_error(format!(
+                "{}: change at {offset} of {len} bytes, but it {reason}",
+                info.id
+            )));
         }
         Ok(file)
     }
@@ -147,7 +181,10 @@ impl Shadow for VmShadow {
 
     fn write_memory(&mut self, gpa: u64, data: &[u8]) -> Result<(), MachineError> {
         if gpa % PAGE_SIZE as u64 != 0 || data.len() % PAGE_SIZE != 0 {
-            return Err(machine_error(format!("{} bytes at {gpa:#x} are not whole pages", data.len())));
+            return Err(machine_error(format!(
+                "{} bytes at {gpa:#x} are not whole pages",
+                data.len()
+            )));
         }
         self.vm.ram().write(gpa, data).map_err(machine_error)
     }
@@ -179,7 +216,8 @@ impl Shadow for VmShadow {
     ) -> Result<Arc<dyn Protected>, MachineError> {
         let state: VmState = postcard::from_bytes(state).map_err(machine_error)?;
         let vm = self.vm;
-        vm.set_state(&state, elapsed.as_nanos().min(u128::from(u64::MAX)) as u64).map_err(machine_error)?;
+        vm.set_state(&state, elapsed.as_nanos().min(u128::from(u64::MAX)) as u64)
+            .map_err(machine_error)?;
         let mut frames: Vec<Vec<Vec<u8>>> = vec![Vec::new(); vm.devices().nets().len()];
         for Input::Frame { nic, data } in inputs {
             if let Some(frames) = frames.get_mut(usize::from(nic)) {
