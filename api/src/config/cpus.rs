@@ -1,0 +1,90 @@
+//! Virtual CPUs.
+
+use serde::{Deserialize, Serialize};
+
+use super::{Refused, yes};
+
+/// Virtual CPUs.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CpusConfig {
+    /// vCPUs of the VM.
+    pub boot_vcpus: u8,
+    /// At least `boot_vcpus`; more are never plugged in.
+    pub max_vcpus: u8,
+    /// Only one thread per core and one die per package: `null`, or a topology that says so.
+    #[serde(default)]
+    pub topology: Option<CpuTopology>,
+    /// Not offered.
+    #[serde(default)]
+    pub kvm_hyperv: bool,
+    /// Upper bound of physical address bits; the host's own number when that is lower.
+    #[serde(default = "default_phys_bits")]
+    pub max_phys_bits: u8,
+    /// Whether the guest may see the host's virtualization extensions, where the host offers them.
+    #[serde(default = "yes")]
+    pub nested: bool,
+    /// Not offered.
+    #[serde(default)]
+    pub affinity: Refused,
+    /// Further CPU features.
+    #[serde(default)]
+    pub features: CpuFeatures,
+    /// Core scheduling; `Vcpu` is not offered.
+    #[serde(default)]
+    pub core_scheduling: CoreSchedulingMode,
+}
+
+fn default_phys_bits() -> u8 {
+    46
+}
+
+impl Default for CpusConfig {
+    fn default() -> Self {
+        Self {
+            boot_vcpus: 1,
+            max_vcpus: 1,
+            topology: None,
+            kvm_hyperv: false,
+            max_phys_bits: default_phys_bits(),
+            nested: true,
+            affinity: Refused::default(),
+            features: CpuFeatures::default(),
+            core_scheduling: CoreSchedulingMode::default(),
+        }
+    }
+}
+
+/// Threads, cores, dies and packages.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CpuTopology {
+    /// Threads of a core.
+    pub threads_per_core: u16,
+    /// Cores of a die.
+    pub cores_per_die: u16,
+    /// Dies of a package.
+    pub dies_per_package: u16,
+    /// Packages of the machine.
+    pub packages: u16,
+}
+
+/// Further CPU features.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct CpuFeatures {
+    /// Not offered.
+    pub amx: bool,
+}
+
+/// Which threads of the host may share a core.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum CoreSchedulingMode {
+    /// Cloud Hypervisor's default.
+    #[default]
+    Vm,
+    /// Not offered.
+    Vcpu,
+    /// The host's scheduler decides.
+    Off,
+}

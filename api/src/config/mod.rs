@@ -1,0 +1,168 @@
+//! A VM's configuration, in Cloud Hypervisor's JSON.
+//!
+//! Every field of Cloud Hypervisor's `VmConfig` has its place here, so that what its `vm.info` prints is understood.
+//! What this VMM does not offer must hold its neutral value; [`VmConfig::validate`] refuses it by name otherwise. Fields
+//! that nobody knows are refused when the JSON is read.
+//!
+//! * [`cpus`], [`memory`], [`disk`], [`net`], [`console`], [`platform`]: the parts;
+//! * [`mac`]: MAC addresses; [`refused`]: parts that only hold their neutral value;
+//! * [`fill`]: device ids and MAC addresses that the user did not give; [`validate`]: the checks.
+
+pub mod console;
+pub mod cpus;
+pub mod disk;
+pub mod fill;
+pub mod mac;
+pub mod memory;
+pub mod net;
+pub mod platform;
+pub mod refused;
+pub mod validate;
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+pub use console::{ConsoleConfig, ConsoleMode, DebugConsoleConfig};
+pub use cpus::{CoreSchedulingMode, CpuFeatures, CpuTopology, CpusConfig};
+pub use disk::{DiskConfig, ImageType, LockGranularity};
+pub use mac::MacAddr;
+pub use memory::{HotplugMethod, MemoryConfig};
+pub use net::{NetConfig, VhostMode};
+pub use platform::PlatformConfig;
+pub use refused::Refused;
+pub use validate::{ConfigError, Problem};
+
+/// `true`, for serde.
+fn yes() -> bool {
+    true
+}
+
+fn is_false(value: &bool) -> bool {
+    !*value
+}
+
+/// Configuration of a virtual machine.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct VmConfig {
+    /// Virtual CPUs.
+    pub cpus: CpusConfig,
+    /// Guest RAM.
+    pub memory: MemoryConfig,
+    /// What boots.
+    pub payload: Option<PayloadConfig>,
+    /// Not offered.
+    pub rate_limit_groups: Refused,
+    /// Block devices.
+    pub disks: Option<Vec<DiskConfig>>,
+    /// Network devices.
+    pub net: Option<Vec<NetConfig>>,
+    /// Source of the guest's random numbers.
+    pub rng: RngConfig,
+    /// Not offered.
+    pub balloon: Refused,
+    /// Not offered.
+    pub fs: Refused,
+    /// Not offered.
+    pub generic_vhost_user: Refused,
+    /// Not offered.
+    pub pmem: Refused,
+    /// Serial port COM1.
+    #[serde(default = "console::default_serial")]
+    pub serial: ConsoleConfig,
+    /// virtio console.
+    #[serde(default = "console::default_console")]
+    pub console: ConsoleConfig,
+    /// Not offered but `Off`.
+    pub debug_console: Option<DebugConsoleConfig>,
+    /// Not offered.
+    pub devices: Refused,
+    /// Not offered.
+    pub user_devices: Refused,
+    /// Not offered.
+    pub vdpa: Refused,
+    /// Not offered.
+    pub vsock: Refused,
+    /// Not offered.
+    pub numa: Refused,
+    /// Not offered.
+    pub iommu: bool,
+    /// Not offered.
+    pub watchdog: bool,
+    /// Not offered.
+    pub rtc: Refused,
+    /// Not offered.
+    pub pvpanic: bool,
+    /// Not offered.
+    pub pci_segments: Refused,
+    /// Offered with its neutral values only.
+    pub platform: Option<PlatformConfig>,
+    /// Not offered.
+    pub tpm: Refused,
+    /// Not offered.
+    pub landlock_enable: bool,
+    /// Not offered.
+    pub landlock_rules: Refused,
+    /// Not offered; printed by some versions of Cloud Hypervisor.
+    #[serde(skip_serializing_if = "Refused::is_null")]
+    pub sgx_epc: Refused,
+    /// Not offered; printed by some builds of Cloud Hypervisor.
+    #[serde(skip_serializing_if = "is_false")]
+    pub gdb: bool,
+    /// Not offered; printed by some versions of Cloud Hypervisor.
+    #[serde(skip_serializing_if = "Refused::is_null")]
+    pub preserved_fds: Refused,
+}
+
+/// What a VM boots.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct PayloadConfig {
+    /// Not offered.
+    pub firmware: Refused,
+    /// A PVH ELF `vmlinux` or a bzImage.
+    pub kernel: Option<PathBuf>,
+    /// Kernel command line.
+    pub cmdline: Option<String>,
+    /// Initial RAM disk.
+    pub initramfs: Option<PathBuf>,
+    /// Not offered.
+    #[serde(skip_serializing_if = "Refused::is_null")]
+    pub igvm: Refused,
+    /// Not offered.
+    #[serde(skip_serializing_if = "Refused::is_null")]
+    pub host_data: Refused,
+}
+
+/// Source of the guest's random numbers.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RngConfig {
+    /// File that is read for them.
+    pub src: PathBuf,
+    /// Device id; `_rng` when not given.
+    #[serde(default)]
+    pub id: Option<String>,
+    /// Not offered.
+    #[serde(default)]
+    pub iommu: bool,
+    /// Only segment 0 is offered.
+    #[serde(default)]
+    pub pci_segment: u16,
+    /// Not offered.
+    #[serde(default, skip_serializing_if = "Refused::is_null")]
+    pub pci_device_id: Refused,
+}
+
+impl Default for RngConfig {
+    fn default() -> Self {
+        Self {
+            src: "/dev/urandom".into(),
+            id: None,
+            iommu: false,
+            pci_segment: 0,
+            pci_device_id: Refused::default(),
+        }
+    }
+}
