@@ -2,12 +2,19 @@
 //!
 //! * [`config`]: [`VmConfig`], a VM's configuration in Cloud Hypervisor's JSON, and its checks;
 //! * [`service`]: [`Request`], [`Response`], [`ApiError`] and [`VmmService`], which the VMM implements;
-//! * [`events`]: the event monitor.
+//! * [`server`]: the HTTP server on a Unix socket; [`client`]: a blocking client of it;
+//! * [`options`]: the `key=value` syntax of the command line; [`events`]: the event monitor.
+//!
+//! `openapi/cloud-hypervisor.yaml` describes the API; a test holds it against these types.
 
+pub mod client;
 pub mod config;
 pub mod events;
+pub mod options;
+pub mod server;
 pub mod service;
 
+pub use client::{Client, ClientError};
 pub use config::{
     ConfigError, ConsoleConfig, ConsoleMode, CpusConfig, DiskConfig, MacAddr, MemoryConfig, NetConfig, PayloadConfig,
     RngConfig, VmConfig,

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 #[cfg(feature = "ft")]
-use ft::config::{FtEnableConfig, FtInfo, FtReceiveConfig};
+use ft::config::{FtEnableConfig, FtInfo, FtLimitsPatch, FtReceiveConfig};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
@@ -58,9 +58,9 @@ pub enum Request {
     /// `PUT vm.ft-failover`
     #[cfg(feature = "ft")]
     FtFailover,
-    /// `PUT vm.ft-config`: the limits that change, as an object with members of [`ft::config::FtLimits`].
+    /// `PUT vm.ft-config`: the limits that change.
     #[cfg(feature = "ft")]
-    FtConfig(serde_json::Value),
+    FtConfig(FtLimitsPatch),
     /// `GET vm.ft-info`
     #[cfg(feature = "ft")]
     FtInfo,
@@ -189,7 +189,7 @@ pub struct VmSnapshotConfig {
 }
 
 /// Body of `vm.restore`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RestoreConfig {
     /// `file:///absolute/directory`

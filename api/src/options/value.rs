@@ -1,0 +1,159 @@
+//! Values of options.
+
+use std::net::IpAddr;
+use std::path::PathBuf;
+
+use crate::config::{CoreSchedulingMode, CpuTopology, ImageType, MacAddr};
+
+/// A type that an option's value can have.
+pub trait OptionValue: Sized {
+    /// What is possible, for errors: "must be ...".
+    const EXPECTED: &'static str;
+    /// Reads it.
+    fn parse(text: &str) -> Option<Self>;
+}
+
+/// Bytes: `4096`, `512K`, `512M`, `1G`, `1T`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct ByteSize(pub u64);
+
+impl OptionValue for ByteSize {
+    const EXPECTED: &'static str = "a number of bytes, K, M, G or T, for example 512M or 4G";
+
+    fn parse(text: &str) -> Option<Self> {
+        let (digits, shift) = match text.char_indices().last()? {
+            (i, 'K' | 'k') => (&text[..i], 10),
+            (i, 'M' | 'm') => (&text[..i], 20),
+            (i, 'G' | 'g') => (&text[..i], 30),
+            (i, 'T' | 't') => (&text[..i], 40),
+            _ => (text, 0),
+        };
+        let number = u64::parse(digits)?;
+        number.checked_mul(1 << shift).map(Self)
+    }
+}
+
+impl OptionValue for bool {
+    const EXPECTED: &'static str = "on or off";
+
+    fn parse(text: &str) -> Option<Self> {
+        match text {
+            "on" | "true" => Some(true),
+            "off" | "false" => Some(false),
+            _ => None,
+        }
+    }
+}
+
+impl OptionValue for String {
+    const EXPECTED: &'static str = "a text that is not empty";
+
+    fn parse(text: &str) -> Option<Self> {
+        (!text.is_empty()).then(|| text.into())
+    }
+}
+
+impl OptionValue for PathBuf {
+    const EXPECTED: &'static str = "a path";
+
+    fn parse(text: &str) -> Option<Self> {
+        (!text.is_empty() && !text.contains('\0')).then(|| text.into())
+    }
+}
+
+macro_rules! number {
+    ($($type:ty: $expected:literal),*) => {$(
+        impl OptionValue for $type {
+            const EXPECTED: &'static str = $expected;
+
+            fn parse(text: &str) -> Option<Self> {
+                let digits = !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
+                digits.then(|| text.parse().ok()).flatten()
+            }
+        }
+    )*};
+}
+
+number! {
+    u8: "a number from 0 to 255",
+    u16: "a number from 0 to 65535",
+    u32: "a number",
+    u64: "a number"
+}
+
+impl OptionValue for MacAddr {
+    const EXPECTED: &'static str = "a MAC address such as 52:54:00:12:34:56";
+
+    fn parse(text: &str) -> Option<Self> {
+        text.parse().ok()
+    }
+}
+
+impl OptionValue for IpAddr {
+    const EXPECTED: &'static str = "an IPv4 or IPv6 address";
+
+    fn parse(text: &str) -> Option<Self> {
+        text.parse().ok()
+    }
+}
+
+impl OptionValue for CpuTopology {
+    const EXPECTED: &'static str = "threads_per_core:cores_per_die:dies_per_package:packages, for example 1:2:1:1";
+
+    fn parse(text: &str) -> Option<Self> {
+        let numbers: Vec<u16> = text.split(':').map(u16::parse).collect::<Option<_>>()?;
+        let [threads_per_core, cores_per_die, dies_per_package, packages] = *numbers.as_slice() else {
+            return None;
+        };
+        Some(Self {
+            threads_per_core,
+            cores_per_die,
+            dies_per_package,
+            packages,
+        })
+    }
+}
+
+impl OptionValue for ImageType {
+    const EXPECTED: &'static str = "raw (other formats are not supported: convert the image with qemu-img)";
+
+    fn parse(text: &str) -> Option<Self> {
+        (text.eq_ignore_ascii_case("raw")).then_some(Self::Raw)
+    }
+}
+
+impl OptionValue for CoreSchedulingMode {
+    const EXPECTED: &'static str = "vm or off";
+
+    fn parse(text: &str) -> Option<Self> {
+        match text {
+            "vm" => Some(Self::Vm),
+            "off" => Some(Self::Off),
+            _ => None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes() {
+        let size = |text| ByteSize::parse(text).map(|s| s.0);
+        assert_eq!(size("512M"), Some(512 << 20));
+        assert_eq!(size("1g"), Some(1 << 30));
+        assert_eq!(size("4096"), Some(4096));
+        for bad in ["", "M", "-1", "1.5G", "99999999999T", "1Ġ", "+1", "1MM"] {
+            assert_eq!(size(bad), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn topology() {
+        assert!(CpuTopology::parse("1:2:1:1").is_some());
+        for bad in ["", "1:2:1", "1:2:1:1:1", "a:2:1:1", "1::1:1"] {
+            assert_eq!(CpuTopology::parse(bad), None, "{bad}");
+        }
+    }
+}
