@@ -100,9 +100,10 @@ mod tests {
 
     #[test]
     fn limits_are_an_object_of_what_changes() {
-        let value = limits(&["max_epoch_ms=50,heartbeat_ms=20", "max_lag_mib=9"]).unwrap();
+        let patch = limits(&["max_epoch_ms=50,heartbeat_ms=20", "max_lag_mib=9"]).unwrap();
+        let json = serde_json::to_value(&patch).unwrap();
         assert_eq!(
-            value,
+            json,
             serde_json::json!({"max_epoch_ms": 50, "heartbeat_ms": 20, "max_lag_mib": 9})
         );
         let reason = limits(&["epoch=5"]).unwrap_err().to_string();

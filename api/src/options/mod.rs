@@ -187,7 +187,7 @@ mod tests {
         }
 
         #[test]
-        fn a_quoted_value_comes_back(value in "[a-z,=\\[\\]]{0,20}") {
+        fn a_quoted_value_comes_back(value in "[a-z,=\\[\\]]{1,20}") {
             let mut options = Options::parse("--x", KEYS, &format!("size=1,path=\"{value}\"")).unwrap();
             prop_assert_eq!(options.need::<String>("path").unwrap(), value);
         }

@@ -16,7 +16,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
-use hyper::body::{Bytes, Incoming};
+use hyper::body::{Body, Bytes, Incoming};
 use hyper::header::{ALLOW, CONNECTION, CONTENT_TYPE};
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -130,8 +130,10 @@ async fn connection(stream: UnixStream, service: Arc<dyn VmmService>, mut stoppe
         let service = service.clone();
         async move { Ok::<_, Infallible>(answer(request, service).await) }
     });
+    // Some clients close their sending half once the request is out, and still want the answer.
     let mut builder = hyper::server::conn::http1::Builder::new();
     builder
+        .half_close(true)
         .timer(TokioTimer::new())
         .header_read_timeout(HEAD_TIME)
         .max_buf_size(64 << 10);
@@ -169,22 +171,7 @@ async fn serve_request(request: hyper::Request<Incoming>, service: Arc<dyn VmmSe
         let message = format!("{} takes no query parameters: send them in the body", endpoint.name);
         return Err(ApiError::new(400, "bad_query", message));
     }
-    let body = Limited::new(request.into_body(), MAX_BODY).collect();
-    let body = match tokio::time::timeout(BODY_TIME, body).await {
-        Ok(Ok(body)) => body.to_bytes(),
-        Ok(Err(e)) if e.is::<LengthLimitError>() => {
-            let message = format!("the body is longer than {} MiB", MAX_BODY >> 20);
-            return Err(ApiError::new(413, "body_too_long", message));
-        }
-        Ok(Err(e)) => {
-            return Err(ApiError::new(
-                400,
-                "bad_body",
-                format!("the body did not come whole: {e}"),
-            ));
-        }
-        Err(_) => return Err(ApiError::new(408, "too_slow", "the body did not come in time")),
-    };
+    let body = read_body(request.into_body()).await?;
     let request = endpoint.request(&body)?;
     let served = tokio::task::spawn_blocking(move || service.call(request)).await;
     served.unwrap_or_else(|e| {
@@ -195,6 +182,27 @@ async fn serve_request(request: hyper::Request<Incoming>, service: Arc<dyn VmmSe
             "the VMM failed at this request; its log tells more",
         ))
     })
+}
+
+async fn read_body(body: Incoming) -> Result<Bytes, ApiError> {
+    let too_long = || {
+        let message = format!("the body is longer than {} MiB", MAX_BODY >> 20);
+        ApiError::new(413, "body_too_long", message)
+    };
+    // What is announced; `Limited` counts what comes.
+    if body.size_hint().lower() > MAX_BODY as u64 {
+        return Err(too_long());
+    }
+    match tokio::time::timeout(BODY_TIME, Limited::new(body, MAX_BODY).collect()).await {
+        Ok(Ok(body)) => Ok(body.to_bytes()),
+        Ok(Err(e)) if e.is::<LengthLimitError>() => Err(too_long()),
+        Ok(Err(e)) => Err(ApiError::new(
+            400,
+            "bad_body",
+            format!("the body did not come whole: {e}"),
+        )),
+        Err(_) => Err(ApiError::new(408, "too_slow", "the body did not come in time")),
+    }
 }
 
 fn success(response: &Response) -> HttpResponse {
