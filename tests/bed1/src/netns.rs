@@ -4,26 +4,34 @@
 //! joins a tap (the VM's) and a veth to the client's bridge. A second veth joins `a` and `b` directly: the log channel.
 
 use std::fs::File;
+use std::io;
+use std::net::{SocketAddr, TcpStream, UdpSocket};
 use std::os::fd::AsRawFd;
 use std::process::Command;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use anyhow::{Context, Result, bail};
+use load::dial::{Dial, Local};
+
+use crate::cleanup::{self, Registered};
 
 /// Address of the client, on the VM's network.
 pub const CLIENT_IP: &str = "192.168.100.1";
 /// Address of the guest.
 pub const GUEST_IP: &str = "192.168.100.2";
+/// Address of host a on the log channel's network.
+pub const A_LOG_IP: &str = "10.99.0.1";
 /// Address of host b on the log channel's network.
 pub const B_LOG_IP: &str = "10.99.0.2";
 /// The VM's tap on either host.
 pub const TAP: &str = "tap0";
 
-/// Runs a command; its output is part of the error when it fails.
+const SIDES: [&str; 3] = ["a", "b", "c"];
+
+/// Runs a command that changes the machine; its output is part of the error when it fails.
 pub fn run(program: &str, args: &[&str]) -> Result<String> {
-    let output = Command::new(program)
-        .args(args)
-        .output()
-        .with_context(|| format!("start {program}"))?;
+    let output = cleanup::creating(|| Command::new(program).args(args).output());
+    let output = output.with_context(|| format!("start {program}"))?;
     if !output.status.success() {
         bail!(
             "{program} {}: {}",
@@ -38,20 +46,29 @@ fn ip(args: &str) -> Result<()> {
     run("ip", &args.split_whitespace().collect::<Vec<_>>()).map(|_| ())
 }
 
+/// Bounds what the client's kernel buffers for a stream, so that a stream that stands still shows at once.
+fn small_buffers() -> io::Result<()> {
+    // These two are of the namespace of the thread that writes them.
+    std::fs::write("/proc/sys/net/ipv4/tcp_rmem", "4096 131072 262144")?;
+    std::fs::write("/proc/sys/net/ipv4/tcp_wmem", "4096 65536 262144")
+}
+
 /// The namespaces; removed when dropped, and with them every tap, bridge and veth.
 pub struct Network {
     tag: String,
+    registered: Vec<Registered>,
 }
 
 impl Network {
     /// Builds the network; names carry this process's id, so that several beds can stand side by side.
     pub fn new() -> Result<Self> {
-        let this = Self {
-            tag: format!("ft{}", std::process::id()),
+        static COUNT: AtomicU64 = AtomicU64::new(0);
+        let mut this = Self {
+            tag: cleanup::name(COUNT.fetch_add(1, Ordering::Relaxed)),
+            registered: Vec::new(),
         };
-        for side in ["c", "a", "b"] {
-            // An earlier process of the same number may have been killed.
-            let _ = run("ip", &["netns", "del", &this.ns(side)]);
+        for side in SIDES {
+            this.registered.push(Registered::namespace(&this.ns(side)));
             ip(&format!("netns add {}", this.ns(side)))?;
             ip(&format!("-n {} link set lo up", this.ns(side)))?;
             ip(&format!(
@@ -73,10 +90,12 @@ impl Network {
         }
         let (a, b) = (this.ns("a"), this.ns("b"));
         ip(&format!("link add log0 netns {a} type veth peer name log0 netns {b}"))?;
-        ip(&format!("-n {a} addr add 10.99.0.1/24 dev log0"))?;
+        ip(&format!("-n {a} addr add {A_LOG_IP}/24 dev log0"))?;
         ip(&format!("-n {b} addr add {B_LOG_IP}/24 dev log0"))?;
         ip(&format!("-n {a} link set log0 up"))?;
         ip(&format!("-n {b} link set log0 up"))?;
+        this.within("c", small_buffers)
+            .context("socket buffers of the client")?;
         Ok(this)
     }
 
@@ -85,28 +104,65 @@ impl Network {
         format!("{}{side}", self.tag)
     }
 
-    /// Starts a thread inside the client's namespace.
-    pub fn client_thread<T: Send + 'static>(
-        &self,
-        name: &str,
-        f: impl FnOnce() -> T + Send + 'static,
-    ) -> Result<std::thread::JoinHandle<Result<T>>> {
-        let path = format!("/run/netns/{}", self.ns("c"));
-        Ok(std::thread::Builder::new().name(name.into()).spawn(move || {
-            let ns = File::open(&path).with_context(|| path.clone())?;
-            // SAFETY: setns(2) moves this one thread into the namespace that `ns` keeps open.
+    /// Does something, for example opens a socket, inside the namespace of a side.
+    pub fn within<T: Send>(&self, side: &str, f: impl FnOnce() -> io::Result<T> + Send) -> io::Result<T> {
+        let ns = File::open(format!("/run/netns/{}", self.ns(side)))?;
+        let inside = || {
+            // SAFETY: setns(2) moves this one short-lived thread into the namespace that `ns` keeps open.
             if unsafe { libc::setns(ns.as_raw_fd(), libc::CLONE_NEWNET) } != 0 {
-                return Err(std::io::Error::last_os_error()).context("enter the client's network namespace");
+                return Err(io::Error::last_os_error());
             }
-            Ok(f())
-        })?)
+            f()
+        };
+        let panicked = || io::Error::other("the thread inside the namespace panicked");
+        std::thread::scope(|scope| scope.spawn(inside).join().unwrap_or_else(|_| Err(panicked())))
     }
+
+    /// Address of a host on the log channel's network.
+    pub fn log_ip(side: &str) -> &'static str {
+        if side == "a" { A_LOG_IP } else { B_LOG_IP }
+    }
+
+    /// Takes the link of the log channel down or up again, at one side.
+    pub fn set_log_link(&self, side: &str, up: bool) -> Result<()> {
+        ip(&format!(
+            "-n {} link set log0 {}",
+            self.ns(side),
+            if up { "up" } else { "down" }
+        ))
+    }
+}
+
+impl Dial for Network {
+    fn tcp(&self, to: SocketAddr) -> io::Result<TcpStream> {
+        self.within("c", || Local.tcp(to))
+    }
+
+    fn udp(&self, to: SocketAddr) -> io::Result<UdpSocket> {
+        self.within("c", || Local.udp(to))
+    }
+}
+
+/// Address of a service of the guest.
+pub fn guest(port: u16) -> SocketAddr {
+    SocketAddr::from(([192, 168, 100, 2], port))
 }
 
 impl Drop for Network {
     fn drop(&mut self) {
-        for side in ["a", "b", "c"] {
-            let _ = run("ip", &["netns", "del", &self.ns(side)]);
+        for side in SIDES {
+            cleanup::delete_namespace(&self.ns(side));
         }
+        self.registered.clear();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_guest_address_is_the_one_that_the_command_line_gives() {
+        assert_eq!(guest(7).ip().to_string(), GUEST_IP);
     }
 }

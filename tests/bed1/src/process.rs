@@ -8,65 +8,71 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
+use crate::cleanup::{self, Registered};
+use crate::http;
+
 /// A running `cloud-hypervisor`; killed when dropped.
 pub struct Vmm {
     /// Its name in messages: `a1`, `b2` ...
     pub name: String,
     child: Child,
+    registered: Option<Registered>,
     socket: PathBuf,
     ch_remote: PathBuf,
     log: PathBuf,
 }
 
-/// Where the binaries are: beside this program.
+/// Where the binaries are: beside this program (a test's program is one directory deeper).
 pub fn binary(name: &str) -> Result<PathBuf> {
     let me = std::env::current_exe()?;
-    let dir = me.ancestors().skip(1).find(|dir| dir.join(name).is_file());
-    let dir = dir.with_context(|| format!("{name} is not built: run `cargo build --release` first"))?;
+    let dir = me.ancestors().skip(1).take(3).find(|dir| dir.join(name).is_file());
+    let profile = if cfg!(debug_assertions) { "" } else { " --release" };
+    let dir =
+        dir.with_context(|| format!("{name} is not built: run `cargo build{profile} --workspace --bins` first"))?;
     Ok(dir.join(name))
 }
 
 impl Vmm {
     /// Starts a VMM in namespace `ns` with further `args`; its files go to `dir`.
     pub fn start(name: &str, ns: &str, dir: &Path, args: &[String]) -> Result<Self> {
+        if !Path::new("/dev/kvm").exists() {
+            bail!("/dev/kvm is missing: this needs a machine with KVM");
+        }
         let socket = dir.join(format!("{name}.sock"));
         let log = dir.join(format!("{name}.log"));
         let stderr = File::create(dir.join(format!("{name}.err")))?;
-        let child = Command::new("ip")
-            .args(["netns", "exec", ns])
-            .arg(binary("cloud-hypervisor")?)
+        let mut command = Command::new("ip");
+        command.args(["netns", "exec", ns]).arg(binary("cloud-hypervisor")?);
+        command
             .arg("--api-socket")
             .arg(&socket)
             .arg("--log-file")
             .arg(&log)
             .arg("-v")
-            .args(args)
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(stderr)
-            .spawn()
-            .context("start cloud-hypervisor")?;
+            .args(args);
+        command
+            .arg("--event-monitor")
+            .arg(format!("path={}", dir.join(format!("{name}.events")).display()));
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(stderr);
+        let ch_remote = binary("ch-remote")?;
+        let (child, registered) = cleanup::spawn(&mut command)?;
         let mut this = Self {
             name: name.into(),
             child,
+            registered: Some(registered),
             socket,
-            ch_remote: binary("ch-remote")?,
+            ch_remote,
             log,
         };
         this.wait_for("the API socket", Duration::from_secs(20), |vmm| {
-            Ok(vmm.remote(&["ping"]).is_ok())
+            Ok(vmm.get("vmm.ping").is_ok())
         })?;
         Ok(this)
     }
 
     /// Runs `ch-remote` against this VMM and returns what it printed.
     pub fn remote(&self, args: &[&str]) -> Result<String> {
-        let output = Command::new(&self.ch_remote)
-            .arg("--api-socket")
-            .arg(&self.socket)
-            .args(args)
-            .output()
-            .context("start ch-remote")?;
+        let output = self.remote_command(args).output().context("start ch-remote")?;
         if !output.status.success() {
             bail!(
                 "{}: ch-remote {}: {}",
@@ -78,9 +84,39 @@ impl Vmm {
         Ok(String::from_utf8_lossy(&output.stdout).into_owned())
     }
 
-    /// `ch-remote ft info --json`.
+    /// A `ch-remote` that is ready to be started.
+    pub fn remote_command(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(&self.ch_remote);
+        command
+            .arg("--api-socket")
+            .arg(&self.socket)
+            .args(args)
+            .stdin(Stdio::null());
+        command
+    }
+
+    /// GET of an endpoint, as JSON.
+    pub fn get(&self, endpoint: &str) -> Result<Value> {
+        let answer = http::call(&self.socket, "GET", endpoint, None)?;
+        if answer.status != 200 {
+            bail!(
+                "{}: GET {endpoint}: status {}: {}",
+                self.name,
+                answer.status,
+                answer.body
+            );
+        }
+        serde_json::from_str(&answer.body).with_context(|| format!("{}: GET {endpoint}", self.name))
+    }
+
+    /// A request as it is, for tests of errors.
+    pub fn call(&self, method: &str, endpoint: &str, body: Option<&str>) -> Result<http::Answer> {
+        http::call(&self.socket, method, endpoint, body)
+    }
+
+    /// What `vm.ft-info` answers.
     pub fn ft_info(&self) -> Result<Value> {
-        Ok(serde_json::from_str(&self.remote(&["ft", "info", "--json"])?)?)
+        self.get("vm.ft-info")
     }
 
     /// FT's state, for example `protected`.
@@ -88,14 +124,57 @@ impl Vmm {
         Ok(self.ft_info()?["state"].as_str().unwrap_or_default().to_string())
     }
 
+    /// The VM's state, for example `Running`.
+    pub fn vm_state(&self) -> Result<String> {
+        Ok(self.get("vm.info")?["state"].as_str().unwrap_or_default().to_string())
+    }
+
     /// Process id.
     pub fn pid(&self) -> u32 {
         self.child.id()
     }
 
+    /// Number of open files and of threads.
+    pub fn fds_and_threads(&self) -> Result<(usize, usize)> {
+        let count =
+            |what: &str| Ok::<_, anyhow::Error>(std::fs::read_dir(format!("/proc/{}/{what}", self.pid()))?.count());
+        Ok((count("fd")?, count("task")?))
+    }
+
+    /// Path of its API socket.
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// Path of its event log.
+    pub fn events(&self) -> PathBuf {
+        self.log.with_extension("events")
+    }
+
     /// Tells whether the process has ended.
     pub fn ended(&mut self) -> Result<bool> {
-        Ok(self.child.try_wait()?.is_some())
+        let ended = self.child.try_wait()?.is_some();
+        if ended {
+            self.registered = None;
+        }
+        Ok(ended)
+    }
+
+    /// Waits for the end of the process; true: it ended without an error.
+    pub fn wait_end(&mut self, limit: Duration) -> Result<bool> {
+        let start = Instant::now();
+        while !self.ended()? {
+            if start.elapsed() > limit {
+                bail!(
+                    "{} did not end within {} s: {}",
+                    self.name,
+                    limit.as_secs(),
+                    self.tail()
+                );
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        Ok(self.child.wait()?.success())
     }
 
     /// Sends a signal.
@@ -107,11 +186,13 @@ impl Vmm {
         Ok(())
     }
 
-    /// SIGKILL, and waits for the end.
-    pub fn kill(&mut self) -> Result<()> {
+    /// SIGKILL, and waits for the end. The moment at which the signal was sent is returned.
+    pub fn kill(&mut self) -> Result<Instant> {
+        let moment = Instant::now();
         self.child.kill()?;
         self.child.wait()?;
-        Ok(())
+        self.registered = None;
+        Ok(moment)
     }
 
     /// Polls until `ready` says so.
@@ -134,19 +215,26 @@ impl Vmm {
                     self.tail()
                 );
             }
-            std::thread::sleep(Duration::from_millis(2));
+            std::thread::sleep(Duration::from_millis(5));
         }
         Ok(())
     }
 
     /// Waits for an FT state.
     pub fn wait_ft_state(&mut self, state: &str, limit: Duration) -> Result<()> {
-        self.wait_for(&format!("FT state {state}"), limit, |vmm| Ok(vmm.ft_state()? == state))
+        let wait = self.wait_for(&format!("FT state {state}"), limit, |vmm| Ok(vmm.ft_state()? == state));
+        wait.with_context(|| {
+            format!(
+                "{}: FT info: {:?}",
+                self.name,
+                self.ft_info().ok().map(|i| i.to_string())
+            )
+        })
     }
 
     /// The end of its log, for error messages.
     pub fn tail(&self) -> String {
-        let text = |p: &Path| std::fs::read_to_string(p).unwrap_or_default();
+        let text = |p: &Path| String::from_utf8_lossy(&std::fs::read(p).unwrap_or_default()).into_owned();
         let all = format!("{}\n{}", text(&self.log), text(&self.log.with_extension("err")));
         let lines: Vec<&str> = all.lines().collect();
         lines[lines.len().saturating_sub(15)..].join("\n")

@@ -124,7 +124,10 @@ fn sink_passes_and_finds_a_missing_byte() {
     load.resume();
     assert!(load.wait_progress(5, LIMIT));
     let verdict = load.stop();
-    assert!(verdict.good() && verdict.bytes % bulk::REPORT_STEP == 0, "{verdict:?}");
+    assert!(
+        verdict.good() && verdict.bytes.is_multiple_of(bulk::REPORT_STEP),
+        "{verdict:?}"
+    );
     bulk::send_wrong_byte(&Local, sink_server(None), 3).unwrap();
 
     let load = bulk::sink(&Local, sink_server(Some(200_000)), 1, 0, 7).unwrap();

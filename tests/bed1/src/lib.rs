@@ -1,0 +1,33 @@
+//! Bed 1: two VMMs in network namespaces on one machine, the test guest, and clients.
+//!
+//! ```text
+//!   namespace c: clients on bridge br0 (192.168.100.1)
+//!        |  to-a                         |  to-b
+//!   namespace a: br0 - tap0         namespace b: br0 - tap0
+//!        cloud-hypervisor  <---log0--->  cloud-hypervisor
+//! ```
+//!
+//! | module | what |
+//! | --- | --- |
+//! | [`cleanup`] | what must be gone when the program ends, also by a signal |
+//! | [`netns`] | the network; a [`load::dial::Dial`] from the client's namespace |
+//! | [`process`], [`http`] | one VMM process and its API |
+//! | [`pair`] | [`pair::Bed`]: hosts with disks and the arbiter; boot, backup, protect |
+//! | [`loads`] | every load at once, and the checks of what it saw |
+//! | [`failover`] | kills, and the times and gaps around them |
+//! | [`proxy`] | a TCP proxy that delays, stalls and cuts, for fault tests |
+//! | [`qemu`] | the same guest under QEMU |
+//! | [`report`] | tables |
+//!
+//! Programs: `demo` and `campaign`. Everything needs root and /dev/kvm.
+
+pub mod cleanup;
+pub mod failover;
+pub mod http;
+pub mod loads;
+pub mod netns;
+pub mod pair;
+pub mod process;
+pub mod proxy;
+pub mod qemu;
+pub mod report;

@@ -1,0 +1,314 @@
+//! [`Bed`]: the hosts, their disks and the arbiter; how a guest is booted, shadowed and protected.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+
+use crate::cleanup::{self, KEEP, Registered};
+use crate::netns::{GUEST_IP, Network, TAP};
+use crate::process::Vmm;
+
+/// MAC address of the guest.
+pub const MAC: &str = "52:54:00:f7:00:01";
+/// Hang guard of the guest's boot. QEMU without KVM takes longest.
+pub const BOOT_LIMIT: Duration = Duration::from_secs(90);
+/// Hang guard of a pre-copy.
+pub const PROTECT_LIMIT: Duration = Duration::from_secs(120);
+
+/// How the VM looks.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Number of vCPUs.
+    pub vcpus: u32,
+    /// RAM in MiB.
+    pub memory_mib: u64,
+    /// Disk in MiB.
+    pub disk_mib: u64,
+    /// Further words of the guest's command line.
+    pub cmdline: String,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            vcpus: 2,
+            memory_mib: 256,
+            disk_mib: 16,
+            cmdline: String::new(),
+        }
+    }
+}
+
+/// One of the two hosts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Side {
+    /// Namespace `a`.
+    A,
+    /// Namespace `b`.
+    B,
+}
+
+impl Side {
+    /// Name of the namespace.
+    pub fn name(self) -> &'static str {
+        if self == Self::A { "a" } else { "b" }
+    }
+
+    /// The other host.
+    pub fn other(self) -> Self {
+        if self == Self::A { Self::B } else { Self::A }
+    }
+}
+
+/// A VMM on a host.
+pub struct Host {
+    /// Where.
+    pub side: Side,
+    /// The process.
+    pub vmm: Vmm,
+    /// Its serial log.
+    pub serial: PathBuf,
+    /// Its disk.
+    pub disk: PathBuf,
+    /// Where it waits for a primary, when it is a backup.
+    pub peer: String,
+}
+
+/// Two hosts, the network between them, a directory for all files. One bed at a time in a process: two cores are no
+/// place for more, and tests are threads of one process.
+pub struct Bed {
+    /// The network; also the clients' way to the guest.
+    pub network: Arc<Network>,
+    /// Directory of all files.
+    pub dir: PathBuf,
+    /// How the VM looks.
+    pub options: Options,
+    started: u32,
+    keep: bool,
+    registered: Option<Registered>,
+    _alone: MutexGuard<'static, ()>,
+}
+
+static ALONE: Mutex<()> = Mutex::new(());
+
+/// The test guest.
+pub fn guest_image() -> Result<PathBuf> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+    let image = root.join("test-guest/target/release/test-guest");
+    let missing = "the test guest is not built: run `(cd test-guest && cargo build --release)` first";
+    image.canonicalize().context(missing)
+}
+
+impl Bed {
+    /// Builds network and directory.
+    pub fn new(options: Options) -> Result<Self> {
+        let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+        // SAFETY: geteuid(2) cannot fail and touches no memory.
+        if unsafe { libc::geteuid() } != 0 {
+            bail!("this needs root: network namespaces and taps are made");
+        }
+        cleanup::install()?;
+        static COUNT: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(0);
+        let count = COUNT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        let dir = std::env::temp_dir().join(cleanup::name(count));
+        let registered = Some(Registered::directory(&dir));
+        let mut this = Self {
+            network: Arc::new(Network::new()?),
+            dir,
+            options,
+            started: 0,
+            keep: false,
+            registered,
+            _alone: alone,
+        };
+        let made = cleanup::creating(|| std::fs::create_dir_all(this.dir.join("arbiter")));
+        made.with_context(|| this.dir.display().to_string())?;
+        for side in [Side::A, Side::B] {
+            this.new_disk(side)?;
+        }
+        this.started = 0;
+        Ok(this)
+    }
+
+    /// The disk of a host.
+    pub fn disk(&self, side: Side) -> PathBuf {
+        self.dir.join(format!("{}.img", side.name()))
+    }
+
+    /// Makes a host's disk anew, empty.
+    pub fn new_disk(&self, side: Side) -> Result<()> {
+        File::create(self.disk(side))?.set_len(self.options.disk_mib << 20)?;
+        Ok(())
+    }
+
+    /// `file:DIR` of the arbiter.
+    pub fn arbiter(&self) -> String {
+        format!("file:{}", self.dir.join("arbiter").display())
+    }
+
+    /// The guest's command line.
+    pub fn cmdline(&self) -> String {
+        format!("ip={GUEST_IP}/24 {}", self.options.cmdline).trim().to_string()
+    }
+
+    /// The VM's options on the VMM's command line.
+    pub fn vm_args(&self, side: Side, serial: &Path) -> Result<Vec<String>> {
+        let args = [
+            ("--kernel", guest_image()?.display().to_string()),
+            ("--cmdline", self.cmdline()),
+            ("--cpus", format!("boot={}", self.options.vcpus)),
+            ("--memory", format!("size={}M", self.options.memory_mib)),
+            ("--disk", format!("path={}", self.disk(side).display())),
+            ("--net", format!("tap={TAP},mac={MAC}")),
+            ("--serial", format!("file={}", serial.display())),
+            ("--console", "off".into()),
+            ("--ft-arbiter", self.arbiter()),
+        ];
+        Ok(args
+            .into_iter()
+            .flat_map(|(option, value)| [option.to_string(), value])
+            .collect())
+    }
+
+    fn next_name(&mut self, side: Side) -> String {
+        self.started += 1;
+        format!("{}{}", side.name(), self.started)
+    }
+
+    /// Starts a VMM without a VM.
+    pub fn start(&mut self, side: Side, args: &[String]) -> Result<Host> {
+        let name = self.next_name(side);
+        let serial = self.dir.join(format!("{name}.serial"));
+        let vmm = Vmm::start(&name, &self.network.ns(side.name()), &self.dir, args)?;
+        Ok(Host {
+            side,
+            vmm,
+            serial,
+            disk: self.disk(side),
+            peer: String::new(),
+        })
+    }
+
+    /// Boots the guest and waits until its services listen.
+    pub fn boot(&mut self, side: Side) -> Result<Host> {
+        let serial = self.dir.join(format!("{}{}.serial", side.name(), self.started + 1));
+        let args = self.vm_args(side, &serial)?;
+        let mut host = self.start(side, &args)?;
+        wait_ready(&mut host, 1)?;
+        Ok(host)
+    }
+
+    /// Starts a VMM that waits for a primary.
+    pub fn backup(&mut self, side: Side) -> Result<Host> {
+        let mut host = self.start(side, &[])?;
+        self.receive(&mut host)?;
+        Ok(host)
+    }
+
+    /// Lets a VMM wait for a primary.
+    pub fn receive(&self, host: &mut Host) -> Result<()> {
+        let peer = format!(
+            "tcp:{}:{}",
+            Network::log_ip(host.side.name()),
+            7000 + self.started % 10_000
+        );
+        self.receive_at(host, &peer)
+    }
+
+    /// The same, at a given address.
+    pub fn receive_at(&self, host: &mut Host, peer: &str) -> Result<()> {
+        let disk = format!("id=_disk0,path={}", host.disk.display());
+        let serial = format!("file:{}", host.serial.display());
+        let (net, arbiter) = (format!("id=_net1,tap={TAP}"), self.arbiter());
+        let args = [
+            "ft", "receive", peer, "--disk", &disk, "--net", &net, "--serial", &serial,
+        ];
+        host.vmm
+            .remote(&[&args[..], &["--arbiter", &arbiter, "--insecure"]].concat())?;
+        host.peer = peer.into();
+        Ok(())
+    }
+
+    /// Protects `primary` by `backup`; the time it took is returned.
+    pub fn protect(&self, primary: &mut Host, backup: &mut Host) -> Result<Duration> {
+        let start = Instant::now();
+        let args = [
+            "ft",
+            "enable",
+            "--peer",
+            &backup.peer,
+            "--arbiter",
+            &self.arbiter(),
+            "--insecure",
+        ];
+        let enable = primary.vmm.remote(&[&args[..], &["--no-wait"]].concat());
+        enable.with_context(|| format!("backup {}: {}", backup.vmm.name, backup.vmm.tail()))?;
+        wait_protected(primary)?;
+        backup.vmm.wait_ft_state("protected", PROTECT_LIMIT)?;
+        Ok(start.elapsed())
+    }
+
+    /// Keeps the directory, for a look at logs and disks.
+    pub fn keep(&mut self) -> &Path {
+        self.keep = true;
+        // Without the mark a later run would sweep it.
+        drop(File::create(self.dir.join(KEEP)));
+        &self.dir
+    }
+
+    /// Deletes the files of a host that is no longer needed, but for its disk.
+    pub fn forget_files(&self, host: &Host) {
+        for ending in ["log", "err", "events", "serial", "sock"] {
+            drop(std::fs::remove_file(
+                self.dir.join(format!("{}.{ending}", host.vmm.name)),
+            ));
+        }
+    }
+}
+
+impl Drop for Bed {
+    fn drop(&mut self) {
+        if !self.keep {
+            drop(std::fs::remove_dir_all(&self.dir));
+        }
+        self.registered = None;
+    }
+}
+
+/// Waits until the serial log says for the `times`-th time that the services listen.
+pub fn wait_ready(host: &mut Host, times: usize) -> Result<()> {
+    let serial = host.serial.clone();
+    host.vmm
+        .wait_for("the guest's readiness", BOOT_LIMIT, |_| ready(&serial, times))
+}
+
+/// Whether the guest's services listen, by its serial log.
+pub fn ready(serial: &Path, times: usize) -> Result<bool> {
+    let text = String::from_utf8_lossy(&std::fs::read(serial).unwrap_or_default()).into_owned();
+    if let Some(at) = text.find("test-guest: panic") {
+        bail!("the guest panicked: {}", &text[at..]);
+    }
+    Ok(text.matches("test-guest: ready").count() >= times)
+}
+
+/// Waits until a primary is protected; fails at once when pre-copy failed.
+pub fn wait_protected(primary: &mut Host) -> Result<()> {
+    let what = "FT state protected";
+    primary.vmm.wait_for(what, PROTECT_LIMIT, |vmm| {
+        let info = vmm.ft_info()?;
+        match info["state"].as_str() {
+            Some("protected") => Ok(true),
+            Some("failed" | "stopped" | "disabled" | "solo") => {
+                bail!(
+                    "{}: protection failed: {}",
+                    vmm.name,
+                    info["reason"].as_str().unwrap_or("no reason given")
+                )
+            }
+            _ => Ok(false),
+        }
+    })
+}
