@@ -15,12 +15,15 @@
 //! | [`pair`] | [`pair::Bed`]: hosts with disks and the arbiter; boot, backup, protect |
 //! | [`loads`] | every load at once, and the checks of what it saw |
 //! | [`failover`] | kills, and the times and gaps around them |
+//! | [`chain`] | one guest that lives through many kills |
+//! | [`services`] | every service of the guest, checked once |
 //! | [`proxy`] | a TCP proxy that delays, stalls and cuts, for fault tests |
 //! | [`qemu`] | the same guest under QEMU |
 //! | [`report`] | tables |
 //!
 //! Programs: `demo` and `campaign`. Everything needs root and /dev/kvm.
 
+pub mod chain;
 pub mod cleanup;
 pub mod failover;
 pub mod http;
@@ -31,3 +34,4 @@ pub mod process;
 pub mod proxy;
 pub mod qemu;
 pub mod report;
+pub mod services;

@@ -240,6 +240,11 @@ impl Loads {
 
     /// Stops at request boundaries and tells what was seen.
     pub fn stop(mut self) -> Result<Vec<Verdict>> {
+        self.drain()
+    }
+
+    /// The same; what stays is the control connection alone.
+    pub fn drain(&mut self) -> Result<Vec<Verdict>> {
         self.control.dirty(0, 0)?;
         Ok(self.loads.drain(..).map(Load::stop).collect())
     }

@@ -4,12 +4,12 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use bed1::failover::{self, Takeover};
-use bed1::loads::{self, Loads};
-use bed1::pair::{Bed, Host, Options, Side};
+use bed1::chain::{Chain, Results, Victim};
+use bed1::failover::Takeover;
+use bed1::loads;
+use bed1::pair::{Bed, Options};
 use bed1::report::Table;
 use clap::Parser;
-use load::Verdict;
 use load::pattern::Rng;
 use load::stats::Summary;
 use serde_json::{Value, json};
@@ -44,22 +44,6 @@ struct Args {
     /// Prints the figures as JSON.
     #[arg(long)]
     json: bool,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Victim {
-    Primary,
-    Backup,
-}
-
-#[derive(Default)]
-struct Results {
-    takeovers: Vec<Takeover>,
-    solos: Vec<Takeover>,
-    protect_ms: Vec<f64>,
-    verdicts: Vec<Verdict>,
-    acknowledged: u64,
-    dirtied: u64,
 }
 
 fn main() -> ExitCode {
@@ -107,16 +91,7 @@ fn run(args: &Args, seed: u64, results: &mut Results) -> Result<()> {
             ..Options::default()
         };
         let mut bed = Bed::new(options)?;
-        let mut chain = Chain::start(&mut bed, seed.wrapping_add(kill), results);
-        let outcome = match &mut chain {
-            Err(_) => Ok(()),
-            Ok(chain) => (kill..last).try_for_each(|kill| {
-                let what = victim(kill);
-                let round = chain.round(what, kill, seed, kill + 1 < last);
-                round.with_context(|| format!("kill {kill} (of the {what:?}), to replay: --seed {seed} --from {kill}"))
-            }),
-        };
-        let outcome = outcome.and_then(|()| chain.context("start").and_then(Chain::end));
+        let outcome = chained(&mut bed, kill..last, seed, &victim, results);
         if outcome.is_err() || args.keep {
             eprintln!("logs and disks are kept in {}", bed.keep().display());
         }
@@ -126,103 +101,34 @@ fn run(args: &Args, seed: u64, results: &mut Results) -> Result<()> {
     Ok(())
 }
 
-/// One guest that lives through kills; roles and hosts swap.
-struct Chain<'a> {
-    bed: &'a mut Bed,
-    primary: Host,
-    backup: Host,
-    loads: Loads,
-    results: &'a mut Results,
-}
-
-impl<'a> Chain<'a> {
-    fn start(bed: &'a mut Bed, seed: u64, results: &'a mut Results) -> Result<Self> {
-        let mut primary = bed.boot(Side::A)?;
-        let model = loads::model(bed);
-        let loads = Loads::start(bed, &model, &loads::Options::everything(seed))?;
-        let (backup, time) = failover::protect_again(bed, &mut primary, Side::B)?;
-        results.protect_ms.push(time.as_secs_f64() * 1000.0);
-        Ok(Self {
-            bed,
-            primary,
-            backup,
-            loads,
-            results,
-        })
-    }
-
-    fn round(&mut self, victim: Victim, kill: u64, seed: u64, go_on: bool) -> Result<()> {
-        let delay = Rng::new(seed ^ (kill << 20)).within(50..1500);
-        self.loads.new_phase();
-        std::thread::sleep(Duration::from_millis(delay));
-        self.loads.check().context("before the kill")?;
-        let takeover = match victim {
-            Victim::Primary => failover::kill(&mut self.primary, &mut self.backup, &self.loads)?,
-            Victim::Backup => failover::kill(&mut self.backup, &mut self.primary, &self.loads)?,
+/// Lets one guest live through a range of kills.
+fn chained(
+    bed: &mut Bed,
+    kills: std::ops::Range<u64>,
+    seed: u64,
+    victim: &dyn Fn(u64) -> Victim,
+    results: &mut Results,
+) -> Result<()> {
+    let options = loads::Options::everything(seed.wrapping_add(kills.start));
+    let mut chain = Chain::start(bed, &options, results).context("start")?;
+    for kill in kills.clone() {
+        let replay = || {
+            format!(
+                "kill {kill} (of the {:?}), to replay: --seed {seed} --from {kill}",
+                victim(kill)
+            )
         };
-        if victim == Victim::Primary {
-            std::mem::swap(&mut self.primary, &mut self.backup);
+        let delay = Rng::new(seed ^ (kill << 20)).within(50..1500);
+        let line = chain
+            .round(victim(kill), Duration::from_millis(delay))
+            .with_context(replay)?;
+        eprintln!("kill {kill}: {line}");
+        if kill + 1 < kills.end {
+            let ms = chain.protect_again().with_context(replay)?;
+            eprintln!("    protected again in {ms:.0} ms");
         }
-        // `primary` is the survivor now, `backup` the dead one.
-        let records = self.verify().context("after the kill")?;
-        let mut line = format!(
-            "kill {kill}: {victim:?} on host {} after {delay} ms: gap {:.0} ms, detection {}, activation {}, {records} records",
-            self.backup.side.name(),
-            takeover.gap_ms,
-            text(takeover.detection_ms),
-            text(takeover.activation_ms),
-        );
-        match victim {
-            Victim::Primary => self.results.takeovers.push(takeover),
-            Victim::Backup => self.results.solos.push(takeover),
-        }
-        if go_on || victim == Victim::Backup {
-            let (new, time) = failover::protect_again(self.bed, &mut self.primary, self.backup.side)?;
-            let old = std::mem::replace(&mut self.backup, new);
-            self.bed.forget_files(&old);
-            let ms = time.as_secs_f64() * 1000.0;
-            line.push_str(&format!(", protected again in {ms:.0} ms"));
-            self.results.protect_ms.push(ms);
-        }
-        eprintln!("{line}");
-        Ok(())
     }
-
-    /// With every request answered: the survivor's disk equals the model, the guest's RAM its own.
-    fn verify(&mut self) -> Result<u64> {
-        self.loads.pause()?;
-        let report = self.loads.check_disk(&self.primary.disk)?;
-        self.loads.check_guest()?;
-        self.loads.resume();
-        Ok(report.acknowledged)
-    }
-
-    fn end(mut self) -> Result<()> {
-        self.loads.pause()?;
-        self.loads.check_disk(&self.primary.disk)?;
-        if self.primary.vmm.ft_state()? == "protected" {
-            self.loads
-                .check_disk(&self.backup.disk)
-                .context("the protected VM's backup")?;
-        }
-        self.loads.check_gets()?;
-        self.results.dirtied += self.loads.check_guest()?.dirtied;
-        self.results.acknowledged += load::kv::lock(&self.loads.model).acknowledged();
-        self.loads.resume();
-        let verdicts = self.loads.stop()?;
-        let bad: Vec<_> = verdicts
-            .iter()
-            .filter(|v| !v.good())
-            .map(|v| format!("{}: {:?}", v.name, v.failures))
-            .collect();
-        self.results.verdicts.extend(verdicts);
-        anyhow::ensure!(bad.is_empty(), "loads failed: {}", bad.join("; "));
-        Ok(())
-    }
-}
-
-fn text(ms: Option<f64>) -> String {
-    ms.map_or("not reported".into(), |ms| format!("{ms:.0} ms"))
+    chain.end()
 }
 
 fn summary(takeovers: &[Takeover], f: impl Fn(&Takeover) -> Option<f64>) -> Summary {
