@@ -1,4 +1,5 @@
 //! Cloud Hypervisor's configurations are understood; what is not offered is refused by name.
+#![allow(clippy::unwrap_used)]
 
 use api::VmConfig;
 use serde_json::{Value, json};

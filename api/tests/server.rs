@@ -1,4 +1,5 @@
 //! The server on a real socket: good, bad, slow and hostile clients.
+#![allow(clippy::unwrap_used)]
 
 mod common;
 

@@ -50,20 +50,6 @@ pub struct ConsoleConfig {
     pub pci_device_id: Refused,
 }
 
-pub(super) fn default_serial() -> ConsoleConfig {
-    ConsoleConfig {
-        mode: ConsoleMode::Null,
-        ..Default::default()
-    }
-}
-
-pub(super) fn default_console() -> ConsoleConfig {
-    ConsoleConfig {
-        mode: ConsoleMode::Tty,
-        ..Default::default()
-    }
-}
-
 /// The debug port; only `Off` is offered.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

@@ -43,7 +43,7 @@ fn is_false(value: &bool) -> bool {
 }
 
 /// Configuration of a virtual machine.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct VmConfig {
     /// Virtual CPUs.
@@ -69,10 +69,8 @@ pub struct VmConfig {
     /// Not offered.
     pub pmem: Refused,
     /// Serial port COM1.
-    #[serde(default = "console::default_serial")]
     pub serial: ConsoleConfig,
     /// virtio console.
-    #[serde(default = "console::default_console")]
     pub console: ConsoleConfig,
     /// Not offered but `Off`.
     pub debug_console: Option<DebugConsoleConfig>,
@@ -113,6 +111,50 @@ pub struct VmConfig {
     /// Not offered; printed by some versions of Cloud Hypervisor.
     #[serde(skip_serializing_if = "Refused::is_null")]
     pub preserved_fds: Refused,
+}
+
+impl Default for VmConfig {
+    fn default() -> Self {
+        Self {
+            cpus: CpusConfig::default(),
+            memory: MemoryConfig::default(),
+            payload: None,
+            rate_limit_groups: Refused::default(),
+            disks: None,
+            net: None,
+            rng: RngConfig::default(),
+            balloon: Refused::default(),
+            fs: Refused::default(),
+            generic_vhost_user: Refused::default(),
+            pmem: Refused::default(),
+            serial: ConsoleConfig {
+                mode: ConsoleMode::Null,
+                ..Default::default()
+            },
+            console: ConsoleConfig {
+                mode: ConsoleMode::Tty,
+                ..Default::default()
+            },
+            debug_console: None,
+            devices: Refused::default(),
+            user_devices: Refused::default(),
+            vdpa: Refused::default(),
+            vsock: Refused::default(),
+            numa: Refused::default(),
+            iommu: false,
+            watchdog: false,
+            rtc: Refused::default(),
+            pvpanic: false,
+            pci_segments: Refused::default(),
+            platform: None,
+            tpm: Refused::default(),
+            landlock_enable: false,
+            landlock_rules: Refused::default(),
+            sgx_epc: Refused::default(),
+            gdb: false,
+            preserved_fds: Refused::default(),
+        }
+    }
 }
 
 /// What a VM boots.

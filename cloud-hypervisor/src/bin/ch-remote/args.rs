@@ -1,0 +1,165 @@
+//! The command line of `ch-remote`.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+/// Controls a cloud-hypervisor VMM through its API socket.
+#[derive(Debug, Parser)]
+#[command(name = "ch-remote", version)]
+#[command(after_help = "Exit status: 0 when done, 1 after an error, 2 for a wrong command line.")]
+pub struct Cli {
+    /// The VMM's API socket: what it was given as --api-socket.
+    #[arg(long, value_name = "PATH", global = true)]
+    pub api_socket: Option<PathBuf>,
+
+    /// Print JSON: results on standard output, errors ({"code", "message"}) on standard error.
+    #[arg(long, global = true)]
+    pub json: bool,
+
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What the VMM is to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Ask the VMM for its version (JSON)
+    Ping,
+    /// Create a VM from its configuration in JSON; it is not booted
+    Create {
+        /// File with the configuration; - for standard input
+        #[arg(default_value = "-")]
+        config: PathBuf,
+    },
+    /// Boot the created VM
+    Boot,
+    /// Print the VM's configuration and state (JSON)
+    Info,
+    /// Print the VM's counters (JSON)
+    Counters,
+    /// Pause the VM
+    Pause,
+    /// Let the paused VM go on
+    Resume,
+    /// Reboot the VM as by its reset button
+    Reboot,
+    /// Press the VM's power button: its system shuts down if it cares
+    PowerButton,
+    /// Shut the VM down at once; its configuration stays
+    Shutdown,
+    /// Delete the VM, running or not
+    Delete,
+    /// End the VMM, and its VM with it
+    ShutdownVmm,
+    /// Write a snapshot of the paused VM
+    Snapshot {
+        /// file:///DIRECTORY on the VMM's host
+        url: String,
+    },
+    /// Restore a VM from a snapshot
+    Restore {
+        /// source_url=file:///DIRECTORY[,resume=on|off][,prefault=on|off]
+        spec: String,
+    },
+    /// Fault tolerance: protect a running VM by a backup on another host
+    #[cfg(feature = "ft")]
+    #[command(subcommand)]
+    Ft(FtCommand),
+    /// Anything else, to be refused by name.
+    #[command(external_subcommand)]
+    Other(Vec<String>),
+}
+
+/// Fault tolerance.
+#[cfg(feature = "ft")]
+#[derive(Debug, Subcommand)]
+pub enum FtCommand {
+    /// Make this VMM (without a VM) a backup that waits for its primary
+    Receive(Receive),
+    /// Protect this VMM's running VM: copy RAM and disks to the backup while the VM runs, then keep both in step
+    ///
+    /// Waits until the VM is protected and shows how far the copy is. Interrupting the waiting does not end the enabling:
+    /// `ft info` tells how it goes on, `ft disable` ends it.
+    Enable(Enable),
+    /// End protection: the VM goes on without a backup; a backup waits no longer
+    Disable,
+    /// Planned switchover: the backup becomes the primary, the VM goes on there
+    Failover,
+    /// Change limits while the VM is protected; without settings, show them
+    Config {
+        /// Limits as KEY=VALUE: max_epoch_ms (1-10000, default 100): longest epoch; min_epoch_us (0-1000000, 500):
+        /// shortest epoch; max_epoch_mib (1-65536, 64): data that ends an epoch; max_lag_mib (512): data not yet
+        /// committed, beyond half of which the guest is slowed down; heartbeat_ms (5-10000, 50);
+        /// heartbeat_timeout_ms (500, at least 3 heartbeats): silence after which the peer counts as dead;
+        /// precopy_mib_s (0 = no limit): rate of the first copy
+        #[arg(value_name = "KEY=VALUE", verbatim_doc_comment)]
+        settings: Vec<String>,
+    },
+    /// Show state, role, epochs and times of fault tolerance
+    Info,
+    /// Print a line of figures per interval, and every change of state, until interrupted
+    Watch {
+        /// Seconds between two lines, 0.1 to 3600
+        #[arg(long, value_name = "SECONDS", default_value = "1", value_parser = seconds)]
+        interval: f64,
+    },
+}
+
+#[cfg(feature = "ft")]
+fn seconds(text: &str) -> Result<f64, String> {
+    let value: f64 = text.parse().map_err(|_| "must be a number of seconds".to_string())?;
+    if (0.1..=3600.0).contains(&value) {
+        Ok(value)
+    } else {
+        Err("must be 0.1 to 3600 seconds".into())
+    }
+}
+
+/// `ft receive`
+#[cfg(feature = "ft")]
+#[derive(Debug, Args)]
+pub struct Receive {
+    /// Where to wait for the primary: tcp:HOST:PORT or unix:PATH
+    pub listen: String,
+    /// This host's file for a disk of the VM: id=ID,path=FILE (made when it does not exist) [default: the primary's path]
+    #[arg(long, value_name = "SPEC", num_args = 1..)]
+    pub disk: Vec<String>,
+    /// This host's tap for a network device of the VM: id=ID,tap=NAME [default: the primary's name]
+    #[arg(long, value_name = "SPEC", num_args = 1..)]
+    pub net: Vec<String>,
+    /// Serial port after a takeover: off, null, tty or file=PATH [default: as on the primary]
+    #[arg(long, value_name = "MODE")]
+    pub serial: Option<String>,
+    /// virtio console after a takeover: off, null, tty or file=PATH [default: as on the primary]
+    #[arg(long, value_name = "MODE")]
+    pub console: Option<String>,
+    /// Arbiter, where this host reaches it otherwise than the primary: file:DIR [default: what the primary names]
+    #[arg(long, value_name = "ARBITER")]
+    pub arbiter: Option<String>,
+    /// Allow plain TCP beyond loopback: the log channel carries the guest's whole memory
+    #[arg(long)]
+    pub insecure: bool,
+}
+
+/// `ft enable`
+#[cfg(feature = "ft")]
+#[derive(Debug, Args)]
+pub struct Enable {
+    /// The waiting backup: tcp:HOST:PORT or unix:PATH
+    #[arg(long, value_name = "ADDRESS")]
+    pub peer: String,
+    /// Arbiter: file:DIR, a directory that both hosts share [default: the VMM's --ft-arbiter]
+    #[arg(long, value_name = "ARBITER")]
+    pub arbiter: Option<String>,
+    /// Allow plain TCP beyond loopback: the log channel carries the guest's whole memory
+    #[arg(long)]
+    pub insecure: bool,
+    /// Limits as for `ft config`, for example max_epoch_ms=50,precopy_mib_s=200
+    #[arg(long, value_name = "KEY=VALUE", num_args = 1..)]
+    pub limits: Vec<String>,
+    /// Return as soon as the session has begun
+    #[arg(long)]
+    pub no_wait: bool,
+}
