@@ -112,29 +112,27 @@ enter_user:
     push rcx
     iretq
 
-# Gate: sleep until an interrupt, unless the word at [rdi] says that one has come. Interrupts are off on entry, and
-# `sti` takes effect after `hlt` has begun, so that none is lost in between.
-.global gate_idle
-gate_idle:
+# The gate from ring 3, entered by `int3`: a breakpoint is the one software interrupt that works where ring 0 is emulated
+# (others end in #UD there). r11d says what is wanted.
+.global gate
+gate:
+    cmp r11d, 1
+    je 2f
+    ja 3f
+    # 0: sleep until an interrupt, unless the word at [rdi] says that one has come. Interrupts are off on entry, and `sti`
+    # takes effect after `hlt` has begun, so that none is lost in between.
     cmp dword ptr [rdi], 0
     jne 1f
     sti
     hlt
 1:  iretq
-
-.global gate_cpuid
-gate_cpuid:
-    cpuid
+2:  cpuid
     iretq
-
-.global gate_rdmsr
-gate_rdmsr:
+3:  cmp r11d, 3
+    je 4f
     rdmsr
     iretq
-
-.global gate_wrmsr
-gate_wrmsr:
-    wrmsr
+4:  wrmsr
     iretq
 
 # Interrupt stubs: note it for the processor, count it, end it. Two sorts, for x2APIC and for the memory-mapped APIC.
@@ -250,8 +248,8 @@ gdt:
     .quad 0x00cf93000000ffff    # 0x10 ring-0 data
     .quad 0x00cff3000000ffff    # 0x18 ring-3 data
     .quad 0x00affb000000ffff    # 0x20 ring-3 code, 64 bits
-    .quad 0x0000890000000067, 0 # 0x28 TSS of processor 0
-    .quad 0x0000890000000067, 0 # 0x38 TSS of processor 1
+    .quad 0x0000890000000000 + (tss_end - tss_0 - 1), 0 # 0x28 TSS of processor 0
+    .quad 0x0000890000000000 + (tss_end - tss_1 - 1), 0 # 0x38 TSS of processor 1
     .quad 0x00cf9b000000ffff    # 0x48 ring-0 code, 32 bits
 gdt_end:
 gdt_pointer:
@@ -262,19 +260,23 @@ idt_pointer:
     .word 256 * 16 - 1
     .quad idt
 
-# TSS: rsp0 alone matters; the I/O map base is past the limit (IOPL 3 makes it moot).
-.balign 16
-tss_0:
-    .long 0
-    .quad kernel_stack_0_end
-    .fill 90, 1, 0
-    .word 104
+# TSS: rsp0 and the I/O permission bitmap, which both share and which allows all ports. IOPL 3 alone would do on a real
+# processor, but a monitor that emulates `iretq` may lose it.
 .balign 16
 tss_1:
     .long 0
     .quad kernel_stack_1_end
     .fill 90, 1, 0
-    .word 104
+    .word io_bitmap - tss_1
+tss_0:
+    .long 0
+    .quad kernel_stack_0_end
+    .fill 90, 1, 0
+    .word io_bitmap - tss_0
+io_bitmap:
+    .fill 8192, 1, 0
+    .byte 0xff
+tss_end:
 
 .section .bss.boot, "aw", @nobits
 .balign 4096

@@ -5,10 +5,12 @@ use core::sync::atomic::{AtomicU32, AtomicU64};
 
 global_asm!(include_str!("boot.s"));
 
-const GATE_IDLE: u8 = 0x90;
-const GATE_CPUID: u8 = 0x91;
-const GATE_RDMSR: u8 = 0x92;
-const GATE_WRMSR: u8 = 0x93;
+/// The gate's vector (`int3`), and what it is asked for in r11d.
+const GATE: u8 = 3;
+const GATE_IDLE: u32 = 0;
+const GATE_CPUID: u32 = 1;
+const GATE_RDMSR: u32 = 2;
+const GATE_WRMSR: u32 = 3;
 
 const RING_3: u8 = 3;
 const RING_0: u8 = 0;
@@ -16,10 +18,7 @@ const RING_0: u8 = 0;
 unsafe extern "C" {
     static mut idt: [[u64; 2]; 256];
     static exceptions: u8;
-    fn gate_idle();
-    fn gate_cpuid();
-    fn gate_rdmsr();
-    fn gate_wrmsr();
+    fn gate();
 }
 
 /// An interrupt stub in ring 0.
@@ -47,20 +46,13 @@ pub fn init() {
     for vector in 0..32u8 {
         set_gate(vector, &raw const exceptions as u64 + 16 * u64::from(vector), RING_0);
     }
-    for (vector, gate) in [
-        (GATE_IDLE, gate_idle as Stub),
-        (GATE_CPUID, gate_cpuid),
-        (GATE_RDMSR, gate_rdmsr),
-        (GATE_WRMSR, gate_wrmsr),
-    ] {
-        set_gate(vector, gate as usize as u64, RING_3);
-    }
+    set_gate(GATE, gate as Stub as usize as u64, RING_3);
 }
 
 /// Sleeps until an interrupt comes, unless `pending` is not zero.
 pub fn idle(pending: &AtomicU32) {
     // SAFETY: the gate reads the word and returns after an interrupt; it changes no register.
-    unsafe { asm!("int {gate}", gate = const GATE_IDLE, in("rdi") pending.as_ptr()) };
+    unsafe { asm!("int3", in("r11") GATE_IDLE, in("rdi") pending.as_ptr()) };
 }
 
 /// CPUID as the machine monitor gives it (in ring 3 the processor itself might answer).
@@ -70,9 +62,9 @@ pub fn cpuid(leaf: u32, subleaf: u32) -> [u32; 4] {
     unsafe {
         asm!(
             "mov {saved}, rbx",
-            "int {gate}",
+            "int3",
             "xchg {saved}, rbx",
-            gate = const GATE_CPUID,
+            in("r11") GATE_CPUID,
             saved = out(reg) ebx,
             inout("eax") leaf => eax,
             inout("ecx") subleaf => ecx,
@@ -87,7 +79,7 @@ pub fn cpuid(leaf: u32, subleaf: u32) -> [u32; 4] {
 pub fn rdmsr(index: u32) -> u64 {
     let (low, high): (u32, u32);
     // SAFETY: the gate executes RDMSR and returns.
-    unsafe { asm!("int {gate}", gate = const GATE_RDMSR, in("ecx") index, out("eax") low, out("edx") high) };
+    unsafe { asm!("int3", in("r11") GATE_RDMSR, in("ecx") index, out("eax") low, out("edx") high) };
     u64::from(low) | u64::from(high) << 32
 }
 
@@ -99,8 +91,8 @@ pub unsafe fn wrmsr(index: u32, value: u64) {
     // SAFETY: the gate executes WRMSR and returns; what it does is the caller's promise.
     unsafe {
         asm!(
-            "int {gate}",
-            gate = const GATE_WRMSR,
+            "int3",
+            in("r11") GATE_WRMSR,
             in("ecx") index,
             in("eax") value as u32,
             in("edx") (value >> 32) as u32,
