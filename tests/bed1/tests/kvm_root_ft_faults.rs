@@ -1,0 +1,260 @@
+//! Faults of the log channel, the arbiter and the primary's process. Needs /dev/kvm and root.
+
+use std::io::Write;
+use std::net::{SocketAddr, TcpStream};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use bed1::failover;
+use bed1::loads::{self, Loads};
+use bed1::pair::{Bed, Host, Options, Side};
+use bed1::proxy::Proxy;
+use load::pattern;
+
+const LIMIT: Duration = Duration::from_secs(30);
+
+fn ms(n: u64) -> Duration {
+    Duration::from_millis(n)
+}
+
+fn loads(bed: &Bed) -> Result<Loads> {
+    Loads::start(bed, &loads::model(bed), &loads::Options::everything(1))
+}
+
+fn verify(loads: &mut Loads, runs: &Host) -> Result<()> {
+    loads.pause()?;
+    loads.check_disk(&runs.disk)?;
+    loads.check_guest()?;
+    loads.resume();
+    Ok(())
+}
+
+/// A pair whose log channel goes through a proxy.
+struct Proxied {
+    primary: Host,
+    backup: Host,
+    proxy: Proxy,
+    loads: Loads,
+    _bed: Bed,
+}
+
+fn proxied() -> Result<Proxied> {
+    let mut bed = Bed::new(Options::default())?;
+    let mut primary = bed.boot(Side::A)?;
+    let loads = loads(&bed)?;
+    let mut backup = bed.backup(Side::B)?;
+    let proxy = Proxy::start(&bed.network, Side::B, 6500, &backup.peer)?;
+    backup.peer.clone_from(&proxy.address);
+    bed.protect(&mut primary, &mut backup)?;
+    ensure!(
+        proxy.forward().passed() > 1 << 20,
+        "the log channel does not use the proxy"
+    );
+    Ok(Proxied {
+        primary,
+        backup,
+        proxy,
+        loads,
+        bed,
+    })
+}
+
+/// Waits until exactly one side runs the VM and the other has stopped (R4). True: the backup took over.
+fn one_side_goes_on(pair: &mut Proxied) -> Result<bool> {
+    let backup = &mut pair.backup.vmm;
+    let mut states = (String::new(), String::new());
+    pair.primary.vmm.wait_for("one side to go on", LIMIT, |primary| {
+        states = (primary.ft_state()?, backup.ft_state()?);
+        match (states.0.as_str(), states.1.as_str()) {
+            ("solo", "solo") => bail!("both sides run the VM"),
+            ("solo", other) | (other, "solo") => Ok(matches!(other, "stopped" | "failed" | "disabled" | "listening")),
+            _ => Ok(false),
+        }
+    })?;
+    let took_over = states.1 == "solo";
+    let (runs, stopped) = if took_over {
+        (&mut pair.backup, &mut pair.primary)
+    } else {
+        (&mut pair.primary, &mut pair.backup)
+    };
+    ensure!(runs.vmm.vm_state()? == "Running", "nobody runs the VM");
+    ensure!(
+        !stopped.vmm.vm_state().is_ok_and(|s| s == "Running"),
+        "the VM runs on both sides"
+    );
+    pair.loads
+        .wait_progress(20)
+        .with_context(|| format!("states {states:?}"))?;
+    verify(&mut pair.loads, runs)?;
+    Ok(took_over)
+}
+
+#[test]
+fn kvm_root_cut_both_ways_leaves_one_side() -> Result<()> {
+    for _ in 0..3 {
+        let mut pair = proxied()?;
+        std::thread::sleep(ms(200));
+        pair.proxy.cut();
+        one_side_goes_on(&mut pair)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn kvm_root_silence_both_ways_leaves_one_side() -> Result<()> {
+    let mut pair = proxied()?;
+    pair.proxy.forward().stall(true);
+    pair.proxy.back().stall(true);
+    one_side_goes_on(&mut pair).map(drop)
+}
+
+#[test]
+fn kvm_root_silence_towards_the_backup_leaves_one_side() -> Result<()> {
+    let mut pair = proxied()?;
+    pair.proxy.forward().stall(true);
+    one_side_goes_on(&mut pair).map(drop)
+}
+
+#[test]
+fn kvm_root_silence_towards_the_primary_leaves_one_side() -> Result<()> {
+    let mut pair = proxied()?;
+    pair.proxy.back().stall(true);
+    one_side_goes_on(&mut pair).map(drop)
+}
+
+#[test]
+fn kvm_root_short_stalls_and_delays_are_borne() -> Result<()> {
+    let mut pair = proxied()?;
+    for _ in 0..3 {
+        pair.proxy.forward().stall(true);
+        std::thread::sleep(ms(150));
+        pair.proxy.forward().stall(false);
+        pair.proxy.back().stall(true);
+        std::thread::sleep(ms(150));
+        pair.proxy.back().stall(false);
+        pair.loads.wait_progress(5)?;
+    }
+    pair.proxy.forward().delay(ms(5));
+    pair.proxy.back().delay(ms(20));
+    pair.loads.wait_progress(20)?;
+    ensure!(
+        pair.primary.vmm.ft_state()? == "protected",
+        "protection was lost to a short stall"
+    );
+    ensure!(pair.backup.vmm.ft_state()? == "protected");
+    // Nothing that was delayed is lost when the primary dies in the middle of it.
+    failover::kill(&mut pair.primary, &mut pair.backup, &pair.loads)?;
+    verify(&mut pair.loads, &pair.backup)
+}
+
+/// Whatever else connects to the log port cannot disturb.
+#[test]
+fn kvm_root_garbage_on_the_log_port_does_not_disturb() -> Result<()> {
+    let mut bed = Bed::new(Options::default())?;
+    let mut primary = bed.boot(Side::A)?;
+    let mut loads = loads(&bed)?;
+    let mut backup = bed.backup(Side::B)?;
+    let at: SocketAddr = backup.peer.trim_start_matches("tcp:").parse()?;
+    let network = bed.network.clone();
+    let connect = || network.within("a", || TcpStream::connect_timeout(&at, Duration::from_secs(5)));
+    let garbage = |seed: u64, size: usize| {
+        let mut bytes = vec![0; size];
+        pattern::fill(seed, 0, &mut bytes);
+        bytes
+    };
+    let mut half_open = Vec::new();
+    for seed in 0..8 {
+        half_open.push(connect()?);
+        let mut stream = connect()?;
+        // The backup may close before all is sent.
+        let _ = stream.write_all(&garbage(seed, 1 << (2 * seed)));
+        let mut stream = connect()?;
+        let _ = stream.write_all(b"GET / HTTP/1.1\r\n\r\n");
+    }
+    ensure!(!backup.vmm.ended()?, "garbage ended the backup: {}", backup.vmm.tail());
+    bed.protect(&mut primary, &mut backup)
+        .context("with half-open connections at the backup")?;
+    for seed in 10..18 {
+        // A protected backup need not listen.
+        if let Ok(mut stream) = connect() {
+            let _ = stream.write_all(&garbage(seed, 1 << seed));
+            half_open.push(stream);
+        }
+    }
+    loads.wait_progress(20)?;
+    ensure!(primary.vmm.ft_state()? == "protected" && backup.vmm.ft_state()? == "protected");
+    failover::kill(&mut primary, &mut backup, &loads)?;
+    verify(&mut loads, &backup)
+}
+
+fn answers(loads: &Loads) -> u64 {
+    loads.verdicts().iter().map(|v| v.answers).sum()
+}
+
+/// Without the arbiter's answer neither side goes on alone (R4); with it the one that waited does.
+fn arbiter_away(kill_primary: bool) -> Result<()> {
+    let mut bed = Bed::new(Options::default())?;
+    let mut primary = bed.boot(Side::A)?;
+    let mut loads = loads(&bed)?;
+    let mut backup = bed.backup(Side::B)?;
+    bed.protect(&mut primary, &mut backup)?;
+    let (here, away) = (bed.dir.join("arbiter"), bed.dir.join("arbiter-away"));
+    std::fs::rename(&here, &away)?;
+    let (victim, mut survivor) = if kill_primary {
+        (&mut primary, backup)
+    } else {
+        (&mut backup, primary)
+    };
+    let moment = victim.vmm.kill()?;
+    survivor.vmm.wait_ft_state("waiting_for_arbiter", LIMIT)?;
+    // What was released before may still arrive.
+    std::thread::sleep(ms(300));
+    let before = answers(&loads);
+    std::thread::sleep(ms(1500));
+    ensure!(
+        answers(&loads) == before,
+        "{} answers came without the arbiter's",
+        answers(&loads) - before
+    );
+    ensure!(survivor.vmm.ft_state()? == "waiting_for_arbiter");
+    std::fs::rename(&away, &here)?;
+    survivor.vmm.wait_ft_state("solo", LIMIT)?;
+    failover::after(moment, &mut survivor, &loads)?;
+    verify(&mut loads, &survivor)
+}
+
+#[test]
+fn kvm_root_backup_waits_for_the_arbiter() -> Result<()> {
+    arbiter_away(true)
+}
+
+#[test]
+fn kvm_root_primary_waits_for_the_arbiter_and_releases_nothing() -> Result<()> {
+    arbiter_away(false)
+}
+
+/// A primary that stood still while the backup took over must stop when it wakes up, not go on.
+#[test]
+fn kvm_root_stopped_primary_does_not_come_back() -> Result<()> {
+    let mut bed = Bed::new(Options::default())?;
+    let mut primary = bed.boot(Side::A)?;
+    let mut loads = loads(&bed)?;
+    let mut backup = bed.backup(Side::B)?;
+    bed.protect(&mut primary, &mut backup)?;
+    let moment = std::time::Instant::now();
+    primary.vmm.signal(libc::SIGSTOP)?;
+    backup.vmm.wait_ft_state("solo", LIMIT)?;
+    failover::after(moment, &mut backup, &loads)?;
+    std::thread::sleep(ms(1000));
+    primary.vmm.signal(libc::SIGCONT)?;
+    primary.vmm.wait_ft_state("stopped", LIMIT)?;
+    ensure!(primary.vmm.vm_state()? != "Running", "the VM runs on both sides");
+    let reason = primary.vmm.ft_info()?["reason"]
+        .as_str()
+        .unwrap_or_default()
+        .to_string();
+    ensure!(!reason.is_empty(), "the loser does not say why it stopped");
+    loads.wait_progress(50)?;
+    verify(&mut loads, &backup)?;
+    loads.stop().map(drop)
+}
