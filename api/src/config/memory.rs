@@ -69,9 +69,7 @@ impl Default for MemoryConfig {
 pub enum HotplugMethod {
     /// ACPI.
     #[default]
-    #[serde(alias = "acpi")]
     Acpi,
     /// virtio-mem.
-    #[serde(alias = "virtio-mem")]
     VirtioMem,
 }
