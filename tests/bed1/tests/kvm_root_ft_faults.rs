@@ -55,7 +55,7 @@ fn proxied() -> Result<Proxied> {
         backup,
         proxy,
         loads,
-        bed,
+        _bed: bed,
     })
 }
 
