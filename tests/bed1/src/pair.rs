@@ -221,7 +221,7 @@ impl Bed {
     /// The same, at a given address.
     pub fn receive_at(&self, host: &mut Host, peer: &str) -> Result<()> {
         let disk = format!("id=_disk0,path={}", host.disk.display());
-        let serial = format!("file:{}", host.serial.display());
+        let serial = format!("file={}", host.serial.display());
         let (net, arbiter) = (format!("id=_net1,tap={TAP}"), self.arbiter());
         let args = [
             "ft", "receive", peer, "--disk", &disk, "--net", &net, "--serial", &serial,
@@ -230,6 +230,27 @@ impl Bed {
             .remote(&[&args[..], &["--arbiter", &arbiter, "--insecure"]].concat())?;
         host.peer = peer.into();
         Ok(())
+    }
+
+    /// The same by the VMM's own options instead of a request.
+    pub fn backup_by_options(&mut self, side: Side) -> Result<Host> {
+        let listen = format!("tcp:{}:{}", Network::log_ip(side.name()), 7000 + self.started % 10_000);
+        let args = [
+            (
+                "--ft-receive",
+                format!("listen={listen},arbiter={},insecure=on", self.arbiter()),
+            ),
+            ("--disk", format!("id=_disk0,path={}", self.disk(side).display())),
+            ("--net", format!("id=_net1,tap={TAP}")),
+            ("--serial", "null".into()),
+        ];
+        let args: Vec<String> = args
+            .into_iter()
+            .flat_map(|(option, value)| [option.to_string(), value])
+            .collect();
+        let mut host = self.start(side, &args)?;
+        host.peer = listen;
+        Ok(host)
     }
 
     /// Protects `primary` by `backup`; the time it took is returned.

@@ -179,3 +179,19 @@ fn kvm_root_limits_are_changed_while_protected() -> Result<()> {
     chain.round(Victim::Primary, ms(300))?;
     chain.end()
 }
+
+/// A backup that was started with --ft-receive is the same as one that was asked by `ft receive`.
+#[test]
+fn kvm_root_backup_by_command_line_options_takes_over() -> Result<()> {
+    let mut bed = Bed::new(Options::default())?;
+    let mut primary = bed.boot(Side::A)?;
+    let mut loads = Loads::start(&bed, &loads::model(&bed), &loads::Options::everything(12))?;
+    let mut backup = bed.backup_by_options(Side::B)?;
+    bed.protect(&mut primary, &mut backup)?;
+    failover::kill(&mut primary, &mut backup, &loads)?;
+    loads.pause()?;
+    loads.check_disk(&backup.disk)?;
+    loads.check_guest()?;
+    loads.resume();
+    loads.stop().map(drop)
+}

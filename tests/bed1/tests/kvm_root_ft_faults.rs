@@ -35,7 +35,7 @@ struct Proxied {
     backup: Host,
     proxy: Proxy,
     loads: Loads,
-    _bed: Bed,
+    bed: Bed,
 }
 
 fn proxied() -> Result<Proxied> {
@@ -55,7 +55,7 @@ fn proxied() -> Result<Proxied> {
         backup,
         proxy,
         loads,
-        _bed: bed,
+        bed,
     })
 }
 
@@ -119,6 +119,18 @@ fn kvm_root_silence_towards_the_backup_leaves_one_side() -> Result<()> {
 fn kvm_root_silence_towards_the_primary_leaves_one_side() -> Result<()> {
     let mut pair = proxied()?;
     pair.proxy.back().stall(true);
+    one_side_goes_on(&mut pair).map(drop)
+}
+
+/// A link that goes down closes nothing: only silence tells.
+#[test]
+fn kvm_root_dead_link_leaves_one_side() -> Result<()> {
+    let mut pair = proxied()?;
+    pair.bed.network.set_log_link("b", false)?;
+    one_side_goes_on(&mut pair)?;
+    pair.bed.network.set_log_link("b", true)?;
+    // The link's return changes nothing.
+    std::thread::sleep(ms(1000));
     one_side_goes_on(&mut pair).map(drop)
 }
 

@@ -29,8 +29,15 @@ pub enum Error {
     #[error("disk image: {0}")]
     Io(#[from] io::Error),
     /// The image is not what was acknowledged.
-    #[error("{} differences between the disk and the acknowledged writes, the first: {}", .0.len(), .0.join("; "))]
-    Different(Vec<String>),
+    #[error("{lost} acknowledged writes lost, {foreign} other differences, the first: {}", first.join("; "))]
+    Different {
+        /// Acknowledged records that are not there.
+        lost: u64,
+        /// Anything else that is wrong.
+        foreign: u64,
+        /// The first differences in words.
+        first: Vec<String>,
+    },
 }
 
 /// A record of the store.
@@ -214,22 +221,26 @@ impl Model {
             slots: (size / SECTOR as u64).saturating_sub(1),
             ..DiskReport::default()
         };
-        let mut wrong = Vec::new();
-        let mut note = |text: String| {
-            if wrong.len() < KEPT {
-                wrong.push(text);
+        let (mut lost, mut foreign, mut first) = (0, 0, Vec::new());
+        let mut note = |is_loss: bool, text: String| {
+            *(if is_loss { &mut lost } else { &mut foreign }) += 1;
+            if first.len() < KEPT {
+                first.push(text);
             }
         };
         if report.slots != self.slots {
-            note(format!("the disk has {} slots, the model {}", report.slots, self.slots));
+            note(
+                false,
+                format!("the disk has {} slots, the model {}", report.slots, self.slots),
+            );
         }
         let mut bytes = Vec::with_capacity(size as usize);
         image.read_to_end(&mut bytes)?;
         let mut sectors = bytes.chunks_exact(SECTOR);
-        let first = sectors.next().unwrap_or_default();
+        let start = sectors.next().unwrap_or_default();
         let head = [&DISK_MAGIC[..], &report.slots.to_le_bytes()].concat();
-        if !first.starts_with(&head) {
-            note("sector 0 is not that of a formatted store".into());
+        if !start.starts_with(&head) {
+            note(false, "sector 0 is not that of a formatted store".into());
         }
         for (slot, sector) in sectors.enumerate() {
             let mut whole = [0; SECTOR];
@@ -238,7 +249,10 @@ impl Model {
                 Ok(Found::Acknowledged) => report.acknowledged += 1,
                 Ok(Found::Unacknowledged) => report.unacknowledged += 1,
                 Ok(Found::Empty) => report.empty += 1,
-                Err(text) => note(format!("slot {slot}: {text}")),
+                Err(text) => note(
+                    self.acknowledged.contains_key(&(slot as u64)),
+                    format!("slot {slot}: {text}"),
+                ),
             }
         }
         if wrong.is_empty() {

@@ -29,6 +29,9 @@ struct Args {
     json: bool,
 }
 
+/// What the disk check says when nothing is wrong.
+const EQUAL: &str = "equal to the acknowledged writes";
+
 fn main() -> ExitCode {
     match run(&Args::parse()) {
         Ok(true) => ExitCode::SUCCESS,
@@ -54,6 +57,9 @@ struct Outcome {
     takeover: Takeover,
     acknowledged: u64,
     unacknowledged: usize,
+    /// Acknowledged writes that are not on the survivor's disk.
+    lost: u64,
+    /// What the disk check says.
     disk: String,
     dirty_errors: u64,
 }
@@ -72,7 +78,7 @@ fn run(args: &Args) -> Result<bool> {
     let good = outcome.end.iter().all(Verdict::good)
         && outcome.unacknowledged == 0
         && outcome.dirty_errors == 0
-        && outcome.disk.starts_with("equal");
+        && outcome.disk.starts_with(EQUAL);
     if args.json {
         println!("{:#}", as_json(&outcome, good))
     } else {
@@ -111,9 +117,12 @@ fn outcome(args: &Args, bed: &mut Bed) -> Result<Outcome> {
     std::thread::sleep(time);
     loads.pause()?;
     loads.check_gets()?;
-    let disk = match loads.check_disk(&backup.disk) {
-        Ok(report) => format!("equal to the model ({} records)", report.acknowledged),
-        Err(e) => format!("DIFFERENT: {e:#}"),
+    let (lost, disk) = match loads.check_disk(&backup.disk) {
+        Ok(report) => (0, format!("{EQUAL} ({} records)", report.acknowledged)),
+        Err(e) => match e.downcast_ref::<load::model::Error>() {
+            Some(load::model::Error::Different { lost, .. }) => (*lost, format!("DIFFERENT: {e:#}")),
+            _ => return Err(e),
+        },
     };
     let dirty_errors = loads.control.status()?.dirty_errors;
     loads.resume();
@@ -132,6 +141,7 @@ fn outcome(args: &Args, bed: &mut Bed) -> Result<Outcome> {
         takeover,
         acknowledged,
         unacknowledged,
+        lost,
         disk,
         dirty_errors,
     })
@@ -177,7 +187,8 @@ fn as_json(outcome: &Outcome, good: bool) -> Value {
         "connections": sum(&outcome.end, |v| v.connections),
         "connections_kept": sum(&outcome.end, |v| v.connections_kept),
         "acknowledged_writes": outcome.acknowledged,
-        "acknowledged_writes_lost": if outcome.disk.starts_with("equal") { json!(0) } else { json!(outcome.disk) },
+        "acknowledged_writes_lost": outcome.lost,
+        "disk": outcome.disk,
         "stream_errors": sum(&outcome.end, |v| v.failed),
         "ram_errors": outcome.dirty_errors,
         "takeover": outcome.takeover,
