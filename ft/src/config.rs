@@ -229,3 +229,132 @@ pub struct FtInfo {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub activation_ms: Option<f64>,
 }
+
+impl FtInfo {
+    /// FT is off.
+    pub fn disabled() -> Self {
+        Self {
+            state: FtState::Disabled,
+            role: FtRole::None,
+            reason: None,
+            peer: None,
+            arbiter: None,
+            generation: 0,
+            epoch: 0,
+            committed: 0,
+            durability: DURABILITY.into(),
+            limits: FtLimits::default(),
+            progress: FtProgress::default(),
+            epochs_total: 0,
+            epoch_ms: FtStat::default(),
+            pause_ms: FtStat::default(),
+            dirty_pages: FtStat::default(),
+            epoch_bytes: FtStat::default(),
+            commit_ms: FtStat::default(),
+            added_latency_ms: FtStat::default(),
+            held_outputs: FtStat::default(),
+            outputs_waiting: 0,
+            bytes_sent: 0,
+            lag_bytes: 0,
+            run_percent: 100,
+            detection_ms: None,
+            activation_ms: None,
+        }
+    }
+}
+
+/// The flush policy in force (R5): a committed flush is in the memory or on the disk of both hosts.
+pub const DURABILITY: &str = "memory-of-both";
+
+/// Body of PUT vm.ft-config: the limits to change; those that are not named stay as they are.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct FtLimitsPatch {
+    /// See [`FtLimits::max_epoch_ms`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_epoch_ms: Option<u32>,
+    /// See [`FtLimits::min_epoch_us`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub min_epoch_us: Option<u32>,
+    /// See [`FtLimits::max_epoch_mib`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_epoch_mib: Option<u32>,
+    /// See [`FtLimits::max_lag_mib`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_lag_mib: Option<u32>,
+    /// See [`FtLimits::heartbeat_ms`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub heartbeat_ms: Option<u32>,
+    /// See [`FtLimits::heartbeat_timeout_ms`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub heartbeat_timeout_ms: Option<u32>,
+    /// See [`FtLimits::precopy_mib_s`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub precopy_mib_s: Option<u32>,
+}
+
+impl FtLimitsPatch {
+    /// `limits` with the named fields changed.
+    pub fn apply(&self, limits: &FtLimits) -> FtLimits {
+        FtLimits {
+            max_epoch_ms: self.max_epoch_ms.unwrap_or(limits.max_epoch_ms),
+            min_epoch_us: self.min_epoch_us.unwrap_or(limits.min_epoch_us),
+            max_epoch_mib: self.max_epoch_mib.unwrap_or(limits.max_epoch_mib),
+            max_lag_mib: self.max_lag_mib.unwrap_or(limits.max_lag_mib),
+            heartbeat_ms: self.heartbeat_ms.unwrap_or(limits.heartbeat_ms),
+            heartbeat_timeout_ms: self.heartbeat_timeout_ms.unwrap_or(limits.heartbeat_timeout_ms),
+            precopy_mib_s: self.precopy_mib_s.unwrap_or(limits.precopy_mib_s),
+        }
+    }
+}
+
+/// A limit outside of its range.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{name}: {value} is out of range, allowed is {min} to {max}")]
+pub struct LimitError {
+    /// Field of [`FtLimits`].
+    pub name: &'static str,
+    /// What was asked for.
+    pub value: u32,
+    /// Smallest allowed value.
+    pub min: u32,
+    /// Largest allowed value.
+    pub max: u32,
+}
+
+impl FtLimits {
+    /// Checks every range.
+    pub fn validate(&self) -> Result<(), LimitError> {
+        let range = |name, value: u32, min: u32, max: u32| {
+            if (min..=max).contains(&value) { Ok(()) } else { Err(LimitError { name, value, min, max }) }
+        };
+        range("max_epoch_ms", self.max_epoch_ms, 1, 10_000)?;
+        range("min_epoch_us", self.min_epoch_us, 0, 1_000_000)?;
+        range("max_epoch_mib", self.max_epoch_mib, 1, 65_536)?;
+        range("max_lag_mib", self.max_lag_mib, 1, 65_536)?;
+        range("heartbeat_ms", self.heartbeat_ms, 5, 10_000)?;
+        range("heartbeat_timeout_ms", self.heartbeat_timeout_ms, 3 * self.heartbeat_ms, 120_000)?;
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_patch_changes_only_what_it_names() {
+        let patch: FtLimitsPatch = serde_json::from_str(r#"{"max_epoch_ms": 7}"#).unwrap();
+        let limits = patch.apply(&FtLimits::default());
+        assert_eq!(limits, FtLimits { max_epoch_ms: 7, ..FtLimits::default() });
+        assert!(serde_json::from_str::<FtLimitsPatch>(r#"{"max_epoch": 7}"#).is_err());
+    }
+
+    #[test]
+    fn limits_out_of_range_are_named() {
+        let limits = FtLimits { heartbeat_ms: 100, heartbeat_timeout_ms: 299, ..FtLimits::default() };
+        let error = limits.validate().unwrap_err();
+        assert_eq!((error.name, error.min), ("heartbeat_timeout_ms", 300));
+        assert_eq!(FtLimits::default().validate(), Ok(()));
+    }
+}

@@ -2,7 +2,30 @@
 //!
 //! * [`machine`]: the traits by which FT reaches the VM it protects ([`machine::Protected`]) and the shadow that it
 //!   keeps ([`machine::Shadow`]); implemented by the `vmm` crate;
-//! * [`config`]: settings and reports, as they appear in the REST API.
+//! * [`config`]: settings and reports, as they appear in the REST API; [`event`]: what the event monitor gets;
+//! * [`core`]: the protocol, as state machines without I/O, clock or threads; the simulator drives the same ones;
+//! * [`wire`]: the log channel's format; [`transport`]: its addresses and sockets; [`outbox`]: who writes to them;
+//! * [`interposer`]: holds outputs (R1) and logs inputs and disk changes (R3, R8) on the primary;
+//! * [`arbiter`]: the register that decides who may run alone (R4);
+//! * [`primary`]: from [`enable`] over pre-copy and epochs to going solo, stopping, or handing over;
+//! * [`backup`]: from [`receive`] over staging and applying to taking over;
+//! * [`stats`], [`error`]: measures, and what goes wrong.
 
+pub mod arbiter;
+pub mod backup;
 pub mod config;
+pub mod core;
+pub mod error;
+pub mod event;
+pub mod interposer;
 pub mod machine;
+//pub mod outbox;
+pub mod primary;
+pub mod stats;
+pub mod transport;
+pub mod wire;
+
+//pub use backup::{Backup, receive};
+pub use error::Error;
+pub use event::{EventSink, FtEvent};
+//pub use primary::{Primary, enable};

@@ -64,7 +64,7 @@ pub struct PageRun {
 }
 
 /// An output that may leave the VM once its epoch is committed (rule R1).
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Output {
     /// A frame with its vnet header.
     Frame {
@@ -169,6 +169,21 @@ pub trait ShadowHost: Send + Sync {
     fn create_shadow(&self, offered: &Identity) -> Result<Box<dyn Shadow>, Refusal>;
 }
 
+/// What a shadow needs beside its RAM and disks to become the VM.
+#[derive(Debug)]
+pub struct Takeover {
+    /// As [`Protected::save_state`] gave it at the end of the last committed epoch.
+    pub state: Vec<u8>,
+    /// Time since then.
+    pub elapsed: Duration,
+    /// Outputs of committed epochs of which the primary did not say that they left, oldest first. They must leave before
+    /// the guest resumes, so that they stay in front of what it sends next. The primary may have sent them after all:
+    /// a repeated frame is what a network may do, repeated console bytes are the price of losing none.
+    pub outputs: Vec<Output>,
+    /// Inputs of the epochs that were not committed, in order.
+    pub inputs: Vec<Input>,
+}
+
 /// The VM's shadow. Owned by one FT thread.
 pub trait Shadow: Send {
     /// What this shadow is; FT refuses the pairing and names every difference to the offered identity.
@@ -179,14 +194,10 @@ pub trait Shadow: Send {
     fn read_memory(&self, gpa: u64, buf: &mut [u8]) -> Result<(), MachineError>;
     /// Applies a committed change to the backup's own copy of a disk.
     fn apply_disk(&mut self, disk: u16, change: &DiskChange) -> Result<(), MachineError>;
-    /// Becomes the VM: loads `state`, moves its clocks on by `elapsed`, gives `inputs` to the guest again (R8),
-    /// announces its addresses, resumes. After this the VMM runs a normal VM, whose [`Protected`] side is returned.
-    fn activate(
-        self: Box<Self>,
-        state: &[u8],
-        elapsed: Duration,
-        inputs: Vec<Input>,
-    ) -> Result<Arc<dyn Protected>, MachineError>;
+    /// Becomes the VM: loads the state, moves its clocks on, announces its addresses, lets the committed outputs leave,
+    /// gives the logged inputs to the guest again (R8), resumes. After this the VMM runs a normal VM, whose
+    /// [`Protected`] side is returned.
+    fn activate(self: Box<Self>, takeover: Takeover) -> Result<Arc<dyn Protected>, MachineError>;
     /// The shadow is no longer needed.
     fn discard(self: Box<Self>);
 }

@@ -1,0 +1,419 @@
+//! The backup's side of the protocol.
+//!
+//! An epoch that is staged whole counts: at a loss of the primary the backup becomes the VM as it was at the end of the
+//! last such epoch (R2), after a win of the arbiter (R4). The acknowledgement may come later than that, when applying
+//! lags behind: that bounds what is staged.
+
+use std::collections::VecDeque;
+
+use super::arbitration::{Answer, Arbitration};
+use super::liveness::Silence;
+use super::{Nanos, ms};
+use crate::config::FtState;
+use crate::event::Status;
+
+/// Silence that ends a session whose first checkpoint has not come.
+const SYNC_TIMEOUT: Nanos = ms(10_000);
+
+/// What the backup has to do with a frame of the primary, beside data.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum FromPrimary {
+    /// Do not take over any more.
+    Disarm(String),
+    /// Become the VM as it was at the end of this epoch.
+    Handover(u64),
+    /// New silence timeout.
+    Timeout(Nanos),
+}
+
+/// What the backup tells the primary.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ToPrimary {
+    /// Everything up to this epoch is staged.
+    Ack(u64),
+    /// We will not take over.
+    Disarmed,
+    /// We are the VM; the generation that we won.
+    HandedOver(u64),
+    /// We won this generation, and will never run the VM.
+    HandoverFailed {
+        /// Generation that we won.
+        generation: u64,
+        /// Why we could not.
+        reason: String,
+    },
+    /// We leave.
+    Bye(String),
+}
+
+/// What happened.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Event {
+    /// Time passed.
+    Tick {
+        /// When bytes last came from the primary.
+        heard: Nanos,
+    },
+    /// An epoch has come whole.
+    Staged {
+        /// The epoch.
+        epoch: u64,
+        /// Its size.
+        bytes: u64,
+    },
+    /// The oldest epoch handed to [`Action::Apply`] is in the shadow's RAM and disks.
+    Applied {
+        /// The epoch.
+        epoch: u64,
+    },
+    /// It could not be applied; the shadow is broken.
+    ApplyFailed(String),
+    /// A frame of the primary.
+    Peer(FromPrimary),
+    /// The connection is closed, or a frame is damaged or impossible.
+    PeerLost {
+        /// When bytes last came.
+        heard: Nanos,
+        /// What happened.
+        reason: String,
+    },
+    /// The arbiter's answer.
+    Arbiter(Answer),
+    /// The VM runs here.
+    Activated,
+    /// It could not be made to run.
+    ActivationFailed(String),
+    /// The operator ends this backup.
+    Leave(String),
+}
+
+/// What to do.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Action {
+    /// Tell the primary.
+    Send(ToPrimary),
+    /// Apply a staged epoch, in the background, in order.
+    Apply(u64),
+    /// Try to raise the generation from `expected`.
+    AskArbiter {
+        /// Present generation.
+        expected: u64,
+    },
+    /// Close the connection, after what was sent before.
+    Disconnect,
+    /// Become the VM as it was at the end of this epoch, which is applied.
+    Activate(u64),
+    /// The shadow is not needed any more.
+    Discard,
+}
+
+#[derive(Debug, Clone)]
+enum Phase {
+    Syncing,
+    Armed,
+    Arbitrating { arbitration: Arbitration, planned: bool },
+    /// The arbiter was won; waits until the last epoch is applied, then for the activation.
+    TakingOver { planned: bool, activating: bool },
+    Live,
+    /// Nothing to take over; what to tell the operator.
+    Released,
+    Stopped,
+    Failed,
+}
+
+/// How a takeover went.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Times {
+    /// Last sign of life of the primary.
+    pub heard: Nanos,
+    /// When its loss was detected (planned: when the handover came).
+    pub detected: Nanos,
+    /// When the VM ran here.
+    pub activated: Nanos,
+}
+
+/// The backup, for one session with a primary.
+#[derive(Debug, Clone)]
+pub struct BackupState {
+    phase: Phase,
+    reason: Option<String>,
+    generation: u64,
+    timeout: Nanos,
+    staged: u64,
+    acked: u64,
+    applied: u64,
+    /// Epochs staged and not applied, with their bytes.
+    unapplied: VecDeque<(u64, u64)>,
+    backlog: u64,
+    silence: Silence,
+    times: Times,
+}
+
+impl BackupState {
+    /// The primary was accepted at `now`. `timeout`: silence that counts as death; `backlog`: bytes staged and not
+    /// applied above which acknowledgements wait.
+    pub fn new(generation: u64, timeout: Nanos, backlog: u64, now: Nanos) -> Self {
+        Self {
+            phase: Phase::Syncing,
+            reason: None,
+            generation,
+            timeout,
+            staged: 0,
+            acked: 0,
+            applied: 0,
+            unapplied: VecDeque::new(),
+            backlog,
+            silence: Silence::new(SYNC_TIMEOUT.max(timeout), now),
+            times: Times::default(),
+        }
+    }
+
+    /// For events and `ft info`.
+    pub fn status(&self) -> Status {
+        let state = match &self.phase {
+            Phase::Syncing => FtState::Syncing,
+            Phase::Armed => FtState::Protected,
+            Phase::Arbitrating { .. } => FtState::WaitingForArbiter,
+            Phase::TakingOver { .. } => FtState::TakingOver,
+            Phase::Live => FtState::Solo,
+            Phase::Released => FtState::Disabled,
+            Phase::Stopped => FtState::Stopped,
+            Phase::Failed => FtState::Failed,
+        };
+        let trouble = match &self.phase {
+            Phase::Arbitrating { arbitration, .. } => arbitration.trouble(),
+            _ => None,
+        };
+        let reason = match (&self.reason, trouble) {
+            (Some(reason), Some(trouble)) => Some(format!("{reason}; no answer yet: {trouble}")),
+            (reason, _) => reason.clone(),
+        };
+        Status { state, reason, generation: self.generation, epoch: self.staged + 1, committed: self.acked }
+    }
+
+    /// Nothing will happen any more.
+    pub fn is_over(&self) -> bool {
+        matches!(self.phase, Phase::Live | Phase::Released | Phase::Stopped | Phase::Failed)
+    }
+
+    /// Whether data of the primary is still taken.
+    pub fn takes_data(&self) -> bool {
+        matches!(self.phase, Phase::Syncing | Phase::Armed)
+    }
+
+    /// The loss of the primary would make this backup ask the arbiter, or did.
+    pub fn is_armed(&self) -> bool {
+        matches!(self.phase, Phase::Armed | Phase::Arbitrating { .. } | Phase::TakingOver { .. })
+    }
+
+    /// Whether it can be told to leave: not once it may have won a generation.
+    pub fn may_leave(&self) -> bool {
+        !matches!(self.phase, Phase::Arbitrating { .. } | Phase::TakingOver { .. })
+    }
+
+    /// The last epoch in RAM and disks.
+    pub fn applied(&self) -> u64 {
+        self.applied
+    }
+
+    /// How the takeover went.
+    pub fn times(&self) -> Times {
+        self.times
+    }
+
+    /// One step.
+    pub fn step(&mut self, event: Event, now: Nanos) -> Vec<Action> {
+        let mut out = Vec::new();
+        match event {
+            Event::Tick { heard } => self.tick(heard, now, &mut out),
+            Event::Staged { epoch, bytes } => self.staged(epoch, bytes, now, &mut out),
+            Event::Applied { epoch } => self.has_applied(epoch, &mut out),
+            Event::ApplyFailed(reason) => self.broken(format!("an epoch cannot be applied: {reason}"), &mut out),
+            Event::Peer(message) => self.peer(message, now, &mut out),
+            Event::PeerLost { heard, reason } => self.lose(reason, heard, now, &mut out),
+            Event::Arbiter(answer) => self.answered(answer, now, &mut out),
+            Event::Activated => {
+                if let Phase::TakingOver { planned, activating: true } = self.phase {
+                    self.times.activated = now;
+                    self.phase = Phase::Live;
+                    if planned {
+                        out.push(Action::Send(ToPrimary::HandedOver(self.generation)));
+                    }
+                    out.push(Action::Disconnect);
+                }
+            }
+            Event::ActivationFailed(reason) => {
+                if let Phase::TakingOver { planned, .. } = self.phase {
+                    self.phase = Phase::Failed;
+                    self.reason = Some(format!("the VM could not be activated: {reason}"));
+                    if planned {
+                        let generation = self.generation;
+                        out.push(Action::Send(ToPrimary::HandoverFailed { generation, reason }));
+                    }
+                    out.push(Action::Disconnect);
+                }
+            }
+            Event::Leave(reason) => {
+                if self.takes_data() {
+                    self.release(reason.clone(), &mut out);
+                    out.insert(0, Action::Send(ToPrimary::Bye(reason)));
+                }
+            }
+        }
+        out
+    }
+
+    fn tick(&mut self, heard: Nanos, now: Nanos, out: &mut Vec<Action>) {
+        let expected = self.generation;
+        match &mut self.phase {
+            Phase::Syncing | Phase::Armed => {
+                if self.silence.is_dead(heard, now) {
+                    let silent = now.saturating_sub(heard) / ms(1);
+                    self.lose(format!("the primary was silent for {silent} ms"), heard, now, out);
+                }
+            }
+            Phase::Arbitrating { arbitration, .. } => {
+                if arbitration.ask_again(now) {
+                    out.push(Action::AskArbiter { expected });
+                }
+            }
+            _ => {}
+        }
+    }
+
+    fn staged(&mut self, epoch: u64, bytes: u64, now: Nanos, out: &mut Vec<Action>) {
+        if !self.takes_data() {
+            return;
+        }
+        if epoch != self.staged + 1 {
+            let reason = format!("epoch {epoch} came after epoch {}", self.staged);
+            return self.lose(reason, now, now, out);
+        }
+        if matches!(self.phase, Phase::Syncing) {
+            self.phase = Phase::Armed;
+            self.silence = Silence::new(self.timeout, now);
+        }
+        self.staged = epoch;
+        self.unapplied.push_back((epoch, bytes));
+        out.push(Action::Apply(epoch));
+        self.acknowledge(out);
+    }
+
+    fn acknowledge(&mut self, out: &mut Vec<Action>) {
+        let waiting: u64 = self.unapplied.iter().map(|(_, bytes)| bytes).sum();
+        if matches!(self.phase, Phase::Armed)
+            && self.acked < self.staged
+            && (waiting <= self.backlog || self.unapplied.len() <= 1)
+        {
+            self.acked = self.staged;
+            out.push(Action::Send(ToPrimary::Ack(self.acked)));
+        }
+    }
+
+    fn has_applied(&mut self, epoch: u64, out: &mut Vec<Action>) {
+        self.applied = self.applied.max(epoch);
+        while self.unapplied.front().is_some_and(|(e, _)| *e <= epoch) {
+            self.unapplied.pop_front();
+        }
+        self.acknowledge(out);
+        self.activate(out);
+    }
+
+    fn activate(&mut self, out: &mut Vec<Action>) {
+        if let Phase::TakingOver { activating, .. } = &mut self.phase
+            && !*activating
+            && self.applied == self.staged
+        {
+            *activating = true;
+            out.push(Action::Activate(self.staged));
+        }
+    }
+
+    fn broken(&mut self, reason: String, out: &mut Vec<Action>) {
+        match self.phase {
+            Phase::Syncing | Phase::Armed => out.push(Action::Send(ToPrimary::Bye(reason.clone()))),
+            Phase::TakingOver { planned: true, .. } => {
+                let (generation, reason) = (self.generation, reason.clone());
+                out.push(Action::Send(ToPrimary::HandoverFailed { generation, reason }));
+            }
+            Phase::Arbitrating { .. } | Phase::TakingOver { .. } => {}
+            _ => return,
+        }
+        self.phase = Phase::Failed;
+        self.reason = Some(reason);
+        out.push(Action::Disconnect);
+        out.push(Action::Discard);
+    }
+
+    fn peer(&mut self, message: FromPrimary, now: Nanos, out: &mut Vec<Action>) {
+        if !self.takes_data() {
+            return;
+        }
+        match message {
+            FromPrimary::Timeout(timeout) => {
+                self.timeout = timeout;
+                let armed = matches!(self.phase, Phase::Armed);
+                self.silence.set_timeout(if armed { timeout } else { SYNC_TIMEOUT.max(timeout) });
+            }
+            FromPrimary::Disarm(reason) => {
+                self.release(reason, out);
+                out.insert(0, Action::Send(ToPrimary::Disarmed));
+            }
+            FromPrimary::Handover(epoch) => {
+                if epoch == 0 || epoch != self.acked || epoch != self.staged {
+                    return self.lose(format!("handover of epoch {epoch}, which is not the last"), now, now, out);
+                }
+                self.reason = Some("planned failover".into());
+                self.times = Times { heard: now, detected: now, activated: 0 };
+                self.ask(true, out);
+            }
+        }
+    }
+
+    /// No takeover any more: by the primary's word or our own.
+    fn release(&mut self, reason: String, out: &mut Vec<Action>) {
+        self.phase = Phase::Released;
+        self.reason = Some(reason);
+        out.push(Action::Disconnect);
+        out.push(Action::Discard);
+    }
+
+    fn lose(&mut self, reason: String, heard: Nanos, now: Nanos, out: &mut Vec<Action>) {
+        match self.phase {
+            Phase::Syncing => self.release(format!("{reason}, before the VM was protected"), out),
+            Phase::Armed => {
+                self.reason = Some(reason);
+                self.times = Times { heard, detected: now, activated: 0 };
+                out.push(Action::Disconnect);
+                self.ask(false, out);
+            }
+            _ => {}
+        }
+    }
+
+    fn ask(&mut self, planned: bool, out: &mut Vec<Action>) {
+        self.phase = Phase::Arbitrating { arbitration: Arbitration::begin(), planned };
+        out.push(Action::AskArbiter { expected: self.generation });
+    }
+
+    fn answered(&mut self, answer: Answer, now: Nanos, out: &mut Vec<Action>) {
+        let Phase::Arbitrating { arbitration, planned } = &mut self.phase else { return };
+        match answer {
+            Answer::Unknown { reason } => arbitration.unanswered(reason, now),
+            Answer::Won => {
+                self.phase = Phase::TakingOver { planned: *planned, activating: false };
+                self.generation += 1;
+                self.activate(out);
+            }
+            Answer::Lost { winner } => {
+                self.phase = Phase::Stopped;
+                self.generation += 1;
+                let before = self.reason.take().unwrap_or_default();
+                let reason = format!("{before}; node {winner} won generation {} in the arbiter", self.generation);
+                self.reason = Some(reason);
+                out.push(Action::Disconnect);
+                out.push(Action::Discard);
+            }
+        }
+    }
+}

@@ -1,0 +1,122 @@
+//! Signs of life.
+//!
+//! [`Silence`] tells when the other side counts as dead. A side that was itself stopped for a while (its host was
+//! suspended, its process had no CPU) must not take its own absence for the other's silence: after a late tick the
+//! silence is counted anew.
+//!
+//! [`Lease`] is why a primary whose backup took over by silence does not release anything late (R4). Each frame of the
+//! primary carries its clock, each frame of the backup returns the newest such stamp. The backup waits a whole timeout
+//! after that frame before it takes over; the primary releases only within 7/8 of a timeout after it sent it. So when
+//! the backup becomes the VM, the primary's right to release has ended by its own clock, whatever the network delays.
+//! An eighth of the timeout covers the difference of the clocks' rates.
+
+use super::Nanos;
+
+/// Detects silence.
+#[derive(Debug, Clone)]
+pub struct Silence {
+    timeout: Nanos,
+    /// Silence counts from here at the earliest.
+    floor: Nanos,
+    last_tick: Nanos,
+}
+
+impl Silence {
+    /// The other side was heard at `now`.
+    pub fn new(timeout: Nanos, now: Nanos) -> Self {
+        Self { timeout, floor: now, last_tick: now }
+    }
+
+    /// Changes the timeout.
+    pub fn set_timeout(&mut self, timeout: Nanos) {
+        self.timeout = timeout;
+    }
+
+    /// Whether the other side, last heard at `heard`, counts as dead. To be called at least four times per timeout.
+    pub fn is_dead(&mut self, heard: Nanos, now: Nanos) -> bool {
+        if now.saturating_sub(self.last_tick) > self.timeout / 2 {
+            self.floor = now;
+        }
+        self.last_tick = now;
+        now.saturating_sub(heard.max(self.floor)) > self.timeout
+    }
+}
+
+/// The primary's right to release.
+#[derive(Debug, Clone)]
+pub struct Lease {
+    timeout: Nanos,
+    /// A longer timeout, in force when the backup returned a stamp later than this.
+    longer: Option<(Nanos, Nanos)>,
+    until: Nanos,
+}
+
+impl Lease {
+    /// No stamp has returned yet.
+    pub fn new(timeout: Nanos) -> Self {
+        Self { timeout, longer: None, until: 0 }
+    }
+
+    /// The timeout changes, and the backup is told at `now`: a shorter one counts at once, a longer one from when the
+    /// backup is known to have it.
+    pub fn set_timeout(&mut self, timeout: Nanos, now: Nanos) {
+        if timeout <= self.timeout {
+            self.until = self.until.saturating_sub(self.timeout - timeout);
+            self.timeout = timeout;
+            self.longer = None;
+        } else {
+            self.longer = Some((timeout, now));
+        }
+    }
+
+    /// The backup returned this stamp.
+    pub fn renew(&mut self, stamp: Nanos) {
+        if let Some((timeout, told)) = self.longer
+            && stamp > told
+        {
+            self.timeout = timeout;
+            self.longer = None;
+        }
+        self.until = self.until.max(stamp + (self.timeout - self.timeout / 8));
+    }
+
+    /// Whether outputs may leave now.
+    pub fn holds(&self, now: Nanos) -> bool {
+        now < self.until
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn silence_is_found_but_not_ones_own_absence() {
+        let mut silence = Silence::new(100, 0);
+        assert!((0..=10).all(|n| !silence.is_dead(0, n * 10)));
+        assert!(silence.is_dead(0, 110));
+        let mut silence = Silence::new(100, 0);
+        assert!(!silence.is_dead(0, 10));
+        assert!(!silence.is_dead(0, 1000));
+        assert!(!silence.is_dead(0, 1050));
+        assert!(!silence.is_dead(0, 1100));
+        assert!(silence.is_dead(0, 1101));
+    }
+
+    #[test]
+    fn a_lease_ends_before_the_backups_timeout() {
+        let mut lease = Lease::new(800);
+        assert!(!lease.holds(0));
+        lease.renew(1000);
+        assert!(lease.holds(1699) && !lease.holds(1700));
+        lease.renew(500);
+        assert!(lease.holds(1699));
+        lease.set_timeout(400, 1100);
+        assert!(!lease.holds(1300));
+        lease.set_timeout(1600, 1200);
+        lease.renew(1200);
+        assert!(!lease.holds(1550));
+        lease.renew(1201);
+        assert!(lease.holds(2600) && !lease.holds(2601));
+    }
+}

@@ -1,0 +1,129 @@
+//! Frames from a byte stream.
+
+use std::io::{self, Read};
+
+use thiserror::Error;
+
+use super::decode::decode;
+use super::frame::Frame;
+use super::{DecodeError, header};
+
+/// Why no frame came.
+#[derive(Debug, Error)]
+pub enum ReadError {
+    /// The connection ended at the end of a frame, or in one.
+    #[error("the connection was closed")]
+    Closed,
+    /// The kernel reports an error.
+    #[error("the connection failed: {0}")]
+    Io(#[source] io::Error),
+    /// What came is no frame, or a damaged one.
+    #[error("{0}")]
+    Decode(#[from] DecodeError),
+}
+
+/// What the header of a frame says beside its payload.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Envelope {
+    /// See [`header`].
+    pub mark: u64,
+    /// See [`header`].
+    pub stamp: u64,
+    /// Bytes on the channel.
+    pub size: usize,
+}
+
+const BUFFER: usize = 64 << 10;
+
+/// Reads frames; checks everything that does not need the protocol's state.
+pub struct FrameReader<R> {
+    stream: R,
+    buffer: Box<[u8]>,
+    start: usize,
+    end: usize,
+    next_seq: u64,
+}
+
+impl<R: Read> FrameReader<R> {
+    /// Reads from `stream`, whose next frame must have number 0.
+    pub fn new(stream: R) -> Self {
+        Self { stream, buffer: vec![0; BUFFER].into(), start: 0, end: 0, next_seq: 0 }
+    }
+
+    /// The stream.
+    pub fn get_ref(&self) -> &R {
+        &self.stream
+    }
+
+    /// Whether a frame (or its beginning) was read already and waits in the buffer.
+    pub fn has_buffered(&self) -> bool {
+        self.start < self.end
+    }
+
+    fn fill(&mut self, wanted: usize, heard: &mut dyn FnMut()) -> Result<(), ReadError> {
+        if self.buffer.len() - self.start < wanted {
+            self.buffer.copy_within(self.start..self.end, 0);
+            (self.start, self.end) = (0, self.end - self.start);
+        }
+        while self.end - self.start < wanted {
+            match self.stream.read(&mut self.buffer[self.end..]) {
+                Ok(0) => return Err(ReadError::Closed),
+                Ok(n) => self.end += n,
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
+                Err(e) => return Err(ReadError::Io(e)),
+            }
+            heard();
+        }
+        Ok(())
+    }
+
+    /// The next frame. `heard` is called whenever bytes arrive: a sign of life even in the middle of a long frame.
+    pub fn next(&mut self, heard: &mut dyn FnMut()) -> Result<(Envelope, Frame), ReadError> {
+        if self.start == self.end {
+            (self.start, self.end) = (0, 0);
+        }
+        self.fill(header::SIZE, heard)?;
+        let mut bytes = [0; header::SIZE];
+        bytes.copy_from_slice(&self.buffer[self.start..self.start + header::SIZE]);
+        let header = header::Header::decode(&bytes)?;
+        if header.seq != self.next_seq {
+            return Err(DecodeError::Sequence { found: header.seq, expected: self.next_seq }.into());
+        }
+        self.next_seq += 1;
+        self.start += header::SIZE;
+        let payload = self.payload(header.len as usize, heard)?;
+        let computed = crc32c::crc32c(&payload);
+        if computed != header.payload_crc {
+            return Err(DecodeError::PayloadChecksum { found: header.payload_crc, computed }.into());
+        }
+        let size = header::SIZE + payload.len();
+        let frame = decode(header.kind, header.flags, payload)?;
+        Ok((Envelope { mark: header.mark, stamp: header.stamp, size }, frame))
+    }
+
+    fn payload(&mut self, len: usize, heard: &mut dyn FnMut()) -> Result<Vec<u8>, ReadError> {
+        let mut payload = vec![0; len];
+        let mut filled = len.min(self.end - self.start);
+        payload[..filled].copy_from_slice(&self.buffer[self.start..self.start + filled]);
+        self.start += filled;
+        while filled < len {
+            let missing = len - filled;
+            if missing < BUFFER / 2 {
+                // A short rest is read together with what follows it.
+                (self.start, self.end) = (0, 0);
+                self.fill(missing, heard)?;
+                payload[filled..].copy_from_slice(&self.buffer[..missing]);
+                self.start = missing;
+                break;
+            }
+            match self.stream.read(&mut payload[filled..]) {
+                Ok(0) => return Err(ReadError::Closed),
+                Ok(n) => filled += n,
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
+                Err(e) => return Err(ReadError::Io(e)),
+            }
+            heard();
+        }
+        Ok(payload)
+    }
+}
