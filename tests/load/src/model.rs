@@ -255,10 +255,10 @@ impl Model {
                 ),
             }
         }
-        if wrong.is_empty() {
+        if first.is_empty() {
             Ok(report)
         } else {
-            Err(Error::Different(wrong))
+            Err(Error::Different { lost, foreign, first })
         }
     }
 
