@@ -1,0 +1,64 @@
+//! Runs on a nested host: holds sessions with the Debian guest and reports what became of them.
+
+use std::fs;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use bed2::client;
+use clap::{Parser, Subcommand};
+
+/// Client of the Debian guest in bed 2.
+#[derive(Parser)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Hold redis, echo and ssh sessions until FILE exists; write the report to FILE.json
+    Hold {
+        /// The guest's address
+        guest: String,
+        /// The file that ends the sessions
+        file: PathBuf,
+        /// Longest time in seconds
+        #[arg(long, default_value_t = 300)]
+        limit: u64,
+    },
+    /// Check that the guest has every acknowledged write of a report
+    Verify {
+        /// The guest's address
+        guest: String,
+        /// The report
+        report: PathBuf,
+    },
+}
+
+fn main() -> Result<()> {
+    match Cli::parse().command {
+        Command::Hold { guest, file, limit } => {
+            let stop = AtomicBool::new(false);
+            let report = std::thread::scope(|scope| {
+                scope.spawn(|| {
+                    let start = Instant::now();
+                    while !file.exists() && start.elapsed() < Duration::from_secs(limit) {
+                        std::thread::sleep(Duration::from_millis(50));
+                    }
+                    stop.store(true, Ordering::Relaxed);
+                });
+                client::hold(&guest, &stop)
+            });
+            let text = serde_json::to_string_pretty(&report)?;
+            fs::write(file.with_extension("json"), &text)?;
+            println!("{text}");
+            report.check(1)
+        }
+        Command::Verify { guest, report } => {
+            let text = fs::read_to_string(&report).with_context(|| report.display().to_string())?;
+            client::verify(&guest, &serde_json::from_str(&text)?)
+        }
+    }
+}

@@ -1,0 +1,19 @@
+//! Bed 2: real Linux on real KVM, by nesting. One or two hosts run a stock Debian kernel under
+//! `qemu-system-x86_64 -accel tcg`; the VMM runs in them, and Debian guests run on the VMM.
+//!
+//! * [`bed`]: what a bed is made of, starting it, its folders, its end;
+//! * [`host`]: one nested host: its qemu process, running commands on it, cutting its power;
+//! * [`places`]: where programs, images and the hosts' own files are;
+//! * `bin/bed2.rs`: the command line (`scripts/bed2`); `bin/bed2-client.rs`: the client that runs on a host and holds
+//!   sessions with a guest; [`client`] is its inside, [`compare`] the figures beside QEMU.
+//!
+//! What runs inside the hosts is in `scripts/bed2.d`; images are built by `scripts/images`.
+
+pub mod bed;
+pub mod client;
+pub mod compare;
+pub mod host;
+pub mod places;
+
+pub use bed::{Bed, Spec};
+pub use host::{Host, Output, Running};
