@@ -19,13 +19,14 @@ pub mod error;
 pub mod event;
 pub mod interposer;
 pub mod machine;
-//pub mod outbox;
+pub mod outbox;
 pub mod primary;
 pub mod stats;
 pub mod transport;
 pub mod wire;
 
-//pub use backup::{Backup, receive};
+
+pub use backup::{Backup, receive};
 pub use error::Error;
 pub use event::{EventSink, FtEvent};
-//pub use primary::{Primary, enable};
+pub use primary::{Primary, enable};

@@ -99,8 +99,10 @@ pub enum Action {
         /// Present generation.
         expected: u64,
     },
-    /// Close the connection, after what was sent before.
+    /// Close the connection at once.
     Disconnect,
+    /// Close the connection, after what was sent before.
+    Farewell,
     /// Become the VM as it was at the end of this epoch, which is applied.
     Activate(u64),
     /// The shadow is not needed any more.
@@ -239,7 +241,7 @@ impl BackupState {
                     if planned {
                         out.push(Action::Send(ToPrimary::HandedOver(self.generation)));
                     }
-                    out.push(Action::Disconnect);
+                    out.push(Action::Farewell);
                 }
             }
             Event::ActivationFailed(reason) => {
@@ -250,7 +252,7 @@ impl BackupState {
                         let generation = self.generation;
                         out.push(Action::Send(ToPrimary::HandoverFailed { generation, reason }));
                     }
-                    out.push(Action::Disconnect);
+                    out.push(Action::Farewell);
                 }
             }
             Event::Leave(reason) => {
@@ -341,7 +343,7 @@ impl BackupState {
         }
         self.phase = Phase::Failed;
         self.reason = Some(reason);
-        out.push(Action::Disconnect);
+        out.push(Action::Farewell);
         out.push(Action::Discard);
     }
 
@@ -374,7 +376,7 @@ impl BackupState {
     fn release(&mut self, reason: String, out: &mut Vec<Action>) {
         self.phase = Phase::Released;
         self.reason = Some(reason);
-        out.push(Action::Disconnect);
+        out.push(Action::Farewell);
         out.push(Action::Discard);
     }
 
@@ -411,7 +413,7 @@ impl BackupState {
                 let before = self.reason.take().unwrap_or_default();
                 let reason = format!("{before}; node {winner} won generation {} in the arbiter", self.generation);
                 self.reason = Some(reason);
-                out.push(Action::Disconnect);
+                out.push(Action::Farewell);
                 out.push(Action::Discard);
             }
         }

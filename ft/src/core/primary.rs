@@ -253,6 +253,11 @@ impl PrimaryState {
         if self.still { 0 } else { self.percent }
     }
 
+    /// Whether a checkpoint that was taken is to be sent.
+    pub fn sends(&self) -> bool {
+        matches!(self.phase, Phase::Running)
+    }
+
     /// A handover was asked for and is not decided.
     pub fn hands_over(&self) -> bool {
         !self.is_over() && self.handover != Handover::No
@@ -399,10 +404,11 @@ impl PrimaryState {
         match message {
             FromBackup::Heartbeat => {}
             FromBackup::Ack(epoch) => {
-                if epoch <= self.committed || epoch >= self.epoch {
+                if epoch >= self.epoch {
                     return self.lose(format!("the backup acknowledged epoch {epoch}, which was not sent"), now, out);
                 }
-                self.committed = epoch;
+                // Acknowledgements count for all epochs before; an older one may arrive after a newer.
+                self.committed = self.committed.max(epoch);
                 while self.in_flight.front().is_some_and(|(e, _)| *e <= epoch) {
                     self.in_flight.pop_front();
                 }

@@ -90,6 +90,8 @@ pub struct StagedEpoch {
     pub outputs: Vec<Output>,
     /// The saved state at its end.
     pub state: Vec<u8>,
+    /// Nanoseconds from the checkpoint to the sending of its end marker.
+    pub age_ns: u64,
     page_count: u64,
     zero_count: u64,
     output_count: u64,
@@ -277,6 +279,7 @@ impl Staging {
                 return Err(StagingError::NotWhole { epoch, what, found, expected });
             }
         }
+        staged.age_ns = marker.age_ns;
         let bytes = staged.bytes();
         self.whole = epoch;
         Ok(bytes)

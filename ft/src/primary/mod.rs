@@ -1,1 +1,165 @@
-//! x
+//! The primary: protects a running VM.
+//!
+//! * [`enable`] connects, shakes hands and starts the threads; [`Primary`] is the operator's handle;
+//! * [`session`]: what the threads share: the protocol core and who performs its actions;
+//! * [`controller`]: the thread that copies (pre-copy, checkpoints) and that alone pauses and resumes the VM;
+//! * [`precopy`], [`checkpoint`]: what it does in the two stages;
+//! * [`metrics`]: measures for `ft info`.
+//!
+//! Threads: controller; sender (writes what device workers post); receiver (acknowledgements: it releases outputs
+//! itself, so that nobody has to be woken); pulse (heartbeats, silence, retries); one per question to the arbiter.
+//! Lock order: core, then interposer, then outbox. Machine calls are made without any of them but the release lock.
+
+pub mod checkpoint;
+pub mod controller;
+mod handshake;
+pub mod metrics;
+pub mod precopy;
+pub mod session;
+
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use crate::Error;
+use crate::config::{FtEnableConfig, FtInfo, FtLimitsPatch, FtState};
+use crate::core::primary::Event;
+use crate::event::EventSink;
+use crate::machine::Protected;
+use crate::wire::frame::{Frame, encode};
+pub(crate) use handshake::unique_name;
+use session::{Session, lock};
+
+/// Longest wait for the end of FT or of a handover.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// A VM under protection (or on the way there, or its last state).
+pub struct Primary {
+    session: Arc<Session>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+}
+
+/// Begins to protect `machine`. Returns when the backup has accepted; pre-copy then runs in the background, and
+/// [`Primary::info`] tells how far it is. On an error the VM is untouched.
+pub fn enable(machine: Arc<dyn Protected>, config: FtEnableConfig, events: EventSink) -> Result<Primary, Error> {
+    let (session, stream) = handshake::connect(machine, config, events)?;
+    let primary = Primary { session: session.clone(), threads: Mutex::default() };
+    let started = primary.start(&session, stream);
+    if let Err(e) = started {
+        primary.quit();
+        return Err(e);
+    }
+    Ok(primary)
+}
+
+impl Primary {
+    fn start(
+        &self,
+        session: &Arc<Session>,
+        reader: crate::wire::reader::FrameReader<crate::transport::Stream>,
+    ) -> Result<(), Error> {
+        let mut threads = lock(&self.threads);
+        let mut spawn = |name: &str, body: Box<dyn FnOnce() + Send>| {
+            let started = std::thread::Builder::new().name(name.into()).spawn(body);
+            threads.push(started.map_err(|source| Error::Host { what: "start a thread of FT", source })?);
+            Ok::<(), Error>(())
+        };
+        let s = session.clone();
+        spawn("ft-receiver", Box::new(move || s.receive(reader)))?;
+        let s = session.clone();
+        spawn("ft-sender", Box::new(move || s.send()))?;
+        let s = session.clone();
+        spawn("ft-pulse", Box::new(move || s.pulse()))?;
+        let s = session.clone();
+        spawn("ft-control", Box::new(move || controller::run(&s)))
+    }
+
+    /// The report for `ft info`.
+    pub fn info(&self) -> FtInfo {
+        self.session.info()
+    }
+
+    /// Ends FT: the backup first promises not to take over, then outputs held are released and the VM runs on as an
+    /// ordinary one. Also for a VM that ends by its owner's will.
+    pub fn disable(&self) -> Result<(), Error> {
+        let status = lock(&self.session.core).status();
+        match status.state {
+            FtState::Disabled | FtState::Stopped => return Ok(()),
+            FtState::WaitingForArbiter => {
+                let reason = status.reason.unwrap_or_default();
+                let message = format!("FT cannot be ended while it is open who runs the VM ({reason})");
+                return Err(Error::WrongState(message));
+            }
+            _ => {}
+        }
+        if lock(&self.session.core).hands_over() {
+            return Err(Error::WrongState("a planned failover is under way: FT cannot be ended now".into()));
+        }
+        self.session.feed(Event::Disable("FT was disabled".into()));
+        self.session.wait_end(PATIENCE);
+        let status = lock(&self.session.core).status();
+        match status.state {
+            FtState::Disabled | FtState::Solo | FtState::Failed => Ok(()),
+            state => {
+                let reason = status.reason.unwrap_or_default();
+                Err(Error::Ended(format!("FT was not ended as asked, its state is {state:?}: {reason}")))
+            }
+        }
+    }
+
+    /// Makes the backup the VM; this side's VM stops. Returns when that is done.
+    pub fn failover(&self) -> Result<(), Error> {
+        let status = lock(&self.session.core).status();
+        if status.state != FtState::Protected {
+            let message = format!("a planned failover needs a protected VM, the state is {:?}", status.state);
+            return Err(Error::WrongState(message));
+        }
+        self.session.feed(Event::Failover);
+        if !lock(&self.session.core).hands_over() {
+            return Err(Error::WrongState("FT is being ended: a failover cannot begin now".into()));
+        }
+        self.session.wait_end(PATIENCE);
+        let status = lock(&self.session.core).status();
+        if status.state == FtState::Stopped {
+            return Ok(());
+        }
+        let reason = status.reason.unwrap_or_default();
+        Err(Error::Ended(format!("the backup did not take the VM over, it runs on here ({:?}): {reason}", status.state)))
+    }
+
+    /// Changes limits.
+    pub fn configure(&self, patch: &FtLimitsPatch) -> Result<(), Error> {
+        let mut limits = lock(&self.session.limits);
+        let changed = patch.apply(&limits);
+        changed.validate()?;
+        // The core first: from here on its lease counts on the backup getting the frame.
+        self.session.feed(Event::SetLimits((&changed).into()));
+        self.session.outbox.post(encode(&Frame::Limits(changed.clone())));
+        self.session.interposer.set_bound(session::interposer_bound(&changed));
+        *limits = changed;
+        Ok(())
+    }
+
+    fn quit(&self) {
+        self.session.quit();
+        for thread in lock(&self.threads).drain(..) {
+            if thread.join().is_err() {
+                log::error!("ft: a thread of the primary panicked");
+            }
+        }
+    }
+
+    /// Ends FT as [`Primary::disable`] does, and all its threads. If it is open who runs the VM, it stops here.
+    pub fn shutdown(self) {
+        if let Err(e) = self.disable() {
+            log::warn!("ft: {e}");
+        }
+        self.quit();
+    }
+}
+
+impl Drop for Primary {
+    fn drop(&mut self) {
+        self.quit();
+    }
+}

@@ -287,9 +287,10 @@ pub fn state(epoch: u64, data: &[u8]) -> Vec<OutFrame<'_>> {
     data.chunks(MAX_PIECE).map(piece).collect()
 }
 
-/// Outputs, in as many frames as they need.
-pub fn outputs(epoch: u64, outputs: &[Output]) -> Vec<OutFrame<'static>> {
+/// Outputs, in as many frames as they need; and the number of outputs in them.
+pub fn outputs(epoch: u64, outputs: &[Output]) -> (Vec<OutFrame<'static>>, u64) {
     let mut frames = Vec::new();
+    let mut count = 0;
     let mut head = epoch.to_le_bytes().to_vec();
     for output in outputs {
         let (kind, index, data) = match output {
@@ -302,6 +303,7 @@ pub fn outputs(epoch: u64, outputs: &[Output]) -> Vec<OutFrame<'static>> {
                 let full = std::mem::replace(&mut head, epoch.to_le_bytes().to_vec());
                 frames.push(OutFrame::new(Kind::Outputs, 0, full, Cow::Borrowed(&[])));
             }
+            count += 1;
             head.push(kind);
             head.extend_from_slice(&index.to_le_bytes());
             head.extend_from_slice(&(part.len() as u32).to_le_bytes());
@@ -311,7 +313,7 @@ pub fn outputs(epoch: u64, outputs: &[Output]) -> Vec<OutFrame<'static>> {
     if head.len() > 8 {
         frames.push(OutFrame::new(Kind::Outputs, 0, head, Cow::Borrowed(&[])));
     }
-    frames
+    (frames, count)
 }
 
 pub(super) const OUTPUT_FRAME: u8 = 0;
@@ -331,7 +333,7 @@ pub fn encode(frame: &Frame) -> Vec<OutFrame<'static>> {
         Frame::ZeroPages { epoch, runs } => one(zero_pages(*epoch, runs)),
         Frame::Disk { epoch, disk, change } => disk_change(*epoch, *disk, change.clone()),
         Frame::Input { epoch, input: Input::Frame { nic, data } } => one(input_frame(*epoch, *nic, data)),
-        Frame::Outputs { epoch, outputs: list } => outputs(*epoch, list),
+        Frame::Outputs { epoch, outputs: list } => outputs(*epoch, list).0,
         Frame::State { epoch, data } => {
             let piece = |part: &[u8]| {
                 OutFrame::new(Kind::State, 0, epoch.to_le_bytes().to_vec(), Cow::Owned(part.to_vec()))

@@ -77,7 +77,6 @@ pub struct Sent {
 pub struct PageEncoder {
     /// Whether compression pays.
     pub gain: Gain,
-    packed: Vec<u8>,
     full: Vec<PageRun>,
     zero: Vec<PageRun>,
 }
@@ -113,60 +112,51 @@ impl PageEncoder {
         }
     }
 
-    /// Sends the pages of `runs`, whose content is `data` (and is changed), with `send`. Zero pages are not even named
-    /// if `skip_zero` (the other side's pages are zero already).
-    pub fn encode<E>(
+    /// Makes frames of the pages of `runs`, whose content is `data` (which is changed), and gives them to `send`. Zero
+    /// pages are not even named if `skip_zero` (the other side's pages are zero already).
+    pub fn encode<'a, E>(
         &mut self,
         epoch: u64,
         runs: &[PageRun],
-        data: &mut [u8],
+        data: &'a mut [u8],
         skip_zero: bool,
-        send: &mut dyn FnMut(&OutFrame<'_>) -> Result<(), E>,
+        send: &mut dyn FnMut(OutFrame<'a>) -> Result<(), E>,
     ) -> Result<Sent, E> {
         self.sort(runs, data);
+        let data: &'a [u8] = data;
         let mut sent = Sent::default();
         if !skip_zero {
             for part in self.zero.chunks(ZERO_RUNS) {
                 let frame = zero_pages(epoch, part);
                 sent.bytes += frame.size() as u64;
                 sent.zero_pages += part.iter().map(|run| run.count).sum::<u64>();
-                send(&frame)?;
+                send(frame)?;
             }
         }
         let mut at = 0;
-        let full = std::mem::take(&mut self.full);
-        for batch in batches(&full) {
+        for batch in batches(&self.full) {
             let count: u64 = batch.iter().map(|run| run.count).sum();
             let raw = &data[at..at + count as usize * PAGE_SIZE];
             at += raw.len();
-            let frame = Self::pack(&mut self.gain, &mut self.packed, epoch, &batch, raw);
+            let frame = pack(&mut self.gain, epoch, &batch, raw);
             sent.bytes += frame.size() as u64;
             sent.pages += count;
-            send(&frame)?;
+            send(frame)?;
         }
-        self.full = full;
         Ok(sent)
     }
+}
 
-    fn pack<'a>(
-        gain: &mut Gain,
-        packed: &'a mut Vec<u8>,
-        epoch: u64,
-        batch: &[PageRun],
-        raw: &'a [u8],
-    ) -> OutFrame<'a> {
-        if gain.worth() {
-            let begin = Instant::now();
-            packed.resize(lz4_flex::block::get_maximum_output_size(raw.len()), 0);
-            if let Ok(n) = lz4_flex::block::compress_into(raw, packed) {
-                gain.note_batch(raw.len(), n, begin.elapsed());
-                if n < raw.len() - raw.len() / 8 {
-                    return OutFrame::pages(epoch, batch, Cow::Borrowed(&packed[..n]), true);
-                }
-            }
+fn pack<'a>(gain: &mut Gain, epoch: u64, batch: &[PageRun], raw: &'a [u8]) -> OutFrame<'a> {
+    if gain.worth() {
+        let begin = Instant::now();
+        let packed = lz4_flex::block::compress(raw);
+        gain.note_batch(raw.len(), packed.len(), begin.elapsed());
+        if packed.len() < raw.len() - raw.len() / 8 {
+            return OutFrame::pages(epoch, batch, Cow::Owned(packed), true);
         }
-        OutFrame::pages(epoch, batch, Cow::Borrowed(raw), false)
     }
+    OutFrame::pages(epoch, batch, Cow::Borrowed(raw), false)
 }
 
 /// Cuts runs into groups of at most [`BATCH`] pages.
@@ -191,4 +181,83 @@ fn batches(runs: &[PageRun]) -> Vec<Vec<PageRun>> {
         all.push(batch);
     }
     all
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::wire::decode::decode;
+    use crate::wire::frame::Frame;
+
+    fn run(page: u64, count: u64) -> PageRun {
+        PageRun { gpa: page * PAGE_SIZE as u64, count }
+    }
+
+    /// Encodes and decodes; returns the memory that the other side has.
+    fn round_trip(encoder: &mut PageEncoder, runs: &[PageRun], data: &[u8], skip_zero: bool) -> (Vec<u8>, Sent) {
+        let mut memory = vec![0xee; 1 << 20];
+        let mut copy = data.to_vec();
+        let mut apply = |frame: OutFrame<'_>| {
+            let bytes = frame.header(0, 0, 0);
+            let header = crate::wire::header::Header::decode(&bytes).unwrap();
+            let (head, body) = frame.payload();
+            match decode(header.kind, header.flags, [head, body].concat()).unwrap() {
+                Frame::Pages { epoch: 7, runs, data } => {
+                    let mut at = 0;
+                    for run in runs {
+                        let len = run.count as usize * PAGE_SIZE;
+                        memory[run.gpa as usize..][..len].copy_from_slice(&data[at..at + len]);
+                        at += len;
+                    }
+                    assert_eq!(at, data.len());
+                }
+                Frame::ZeroPages { epoch: 7, runs } => {
+                    for run in runs {
+                        memory[run.gpa as usize..][..run.count as usize * PAGE_SIZE].fill(0);
+                    }
+                }
+                other => panic!("{other:?}"),
+            }
+            Ok::<(), ()>(())
+        };
+        let sent = encoder.encode(7, runs, &mut copy, skip_zero, &mut apply).unwrap();
+        (memory, sent)
+    }
+
+    #[test]
+    fn full_and_zero_pages_arrive_where_they_belong_packed_or_not() {
+        let runs = [run(1, 70), run(100, 3), run(200, 1)];
+        let mut data = vec![0u8; 74 * PAGE_SIZE];
+        for (page, bytes) in data.chunks_mut(PAGE_SIZE).enumerate().filter(|(page, _)| page % 5 != 0) {
+            bytes.fill(page as u8);
+        }
+        let mut expected = vec![0xee; 1 << 20];
+        let mut at = 0;
+        for run in runs {
+            let len = run.count as usize * PAGE_SIZE;
+            expected[run.gpa as usize..][..len].copy_from_slice(&data[at..at + len]);
+            at += len;
+        }
+        let mut encoder = PageEncoder::default();
+        let (memory, plain) = round_trip(&mut encoder, &runs, &data, false);
+        assert!(memory == expected);
+        assert_eq!((plain.pages, plain.zero_pages), (59, 15));
+        encoder.gain.note_link(1_000_000, Duration::from_secs(1));
+        let (memory, packed) = round_trip(&mut encoder, &runs, &data, false);
+        assert!(memory == expected);
+        assert!(packed.bytes < plain.bytes / 10, "{packed:?}");
+        let (memory, skipped) = round_trip(&mut encoder, &runs, &data, true);
+        assert_eq!(skipped.zero_pages, 0);
+        assert!(memory[PAGE_SIZE..2 * PAGE_SIZE].iter().all(|b| *b == 0xee));
+    }
+
+    #[test]
+    fn what_does_not_get_smaller_is_probed_only_now_and_then() {
+        let mut gain = Gain::default();
+        assert!(!gain.worth());
+        gain.note_link(1 << 20, Duration::from_secs(1));
+        assert!(gain.worth());
+        (0..100).for_each(|_| gain.note_batch(1000, 1000, Duration::from_micros(1)));
+        assert_eq!((0..6400).filter(|_| gain.worth()).count(), 100);
+    }
 }

@@ -1,0 +1,171 @@
+//! The thread that owns the way into the shadow: it applies committed epochs in order, and activates the shadow.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::session::Session;
+use crate::core::Nanos;
+use crate::core::backup::Event;
+use crate::core::staging::StagedEpoch;
+use crate::machine::{MachineError, Output, PAGE_SIZE, Shadow, Takeover};
+use crate::primary::session::lock;
+
+/// What the applier is to do.
+pub(super) enum Job {
+    /// Write an epoch's pages and disk changes.
+    Apply(u64, Box<StagedEpoch>),
+    /// Become the VM as at the end of this epoch.
+    Activate(u64),
+    /// Throw the shadow away.
+    Discard,
+}
+
+/// What activation needs of a whole epoch, beside pages and disk changes.
+pub(super) struct Checkpoint {
+    pub(super) epoch: u64,
+    pub(super) state: Vec<u8>,
+    pub(super) outputs: Vec<Output>,
+    /// When its end marker came.
+    pub(super) came: Nanos,
+    /// Its age then.
+    pub(super) age: Nanos,
+}
+
+/// Checkpoints that activation may need: the newest for its state, and those whose outputs may not have left.
+#[derive(Default)]
+pub(super) struct Checkpoints(VecDeque<Checkpoint>);
+
+impl Checkpoints {
+    /// A new whole epoch. Older ones lose their state; those whose outputs left (up to `released`) are forgotten.
+    pub(super) fn push(&mut self, checkpoint: Checkpoint, released: u64) {
+        while self.0.front().is_some_and(|old| old.epoch <= released) {
+            self.0.pop_front();
+        }
+        for old in &mut self.0 {
+            old.state = Vec::new();
+        }
+        self.0.push_back(checkpoint);
+    }
+
+    /// State, age at `now` and outputs that are to leave at a takeover at the end of `epoch`.
+    fn take(&mut self, epoch: u64, released: u64, now: Nanos) -> Option<(Vec<u8>, Duration, Vec<Output>)> {
+        let mut outputs = Vec::new();
+        let mut found = None;
+        for checkpoint in self.0.drain(..).filter(|c| c.epoch <= epoch) {
+            if checkpoint.epoch > released {
+                outputs.extend(checkpoint.outputs);
+            }
+            if checkpoint.epoch == epoch {
+                let age = checkpoint.age.saturating_add(now.saturating_sub(checkpoint.came));
+                found = Some((checkpoint.state, Duration::from_nanos(age)));
+            }
+        }
+        found.map(|(state, age)| (state, age, outputs))
+    }
+}
+
+fn apply(shadow: &mut dyn Shadow, staged: &StagedEpoch) -> Result<(), MachineError> {
+    for (runs, data) in &staged.pages {
+        let mut at = 0;
+        for run in runs {
+            let len = run.count as usize * PAGE_SIZE;
+            shadow.write_memory(run.gpa, &data[at..at + len])?;
+            at += len;
+        }
+    }
+    write_zeroes(shadow, &staged.zero)?;
+    for (disk, change) in &staged.disk {
+        shadow.apply_disk(*disk, change)?;
+    }
+    Ok(())
+}
+
+const ZERO_PAGES: usize = 16;
+static ZEROES: [u8; ZERO_PAGES * PAGE_SIZE] = [0; ZERO_PAGES * PAGE_SIZE];
+
+/// Makes pages zero.
+pub(super) fn write_zeroes(shadow: &mut dyn Shadow, runs: &[crate::machine::PageRun]) -> Result<(), MachineError> {
+    for run in runs {
+        let (mut gpa, mut left) = (run.gpa, run.count);
+        while left > 0 {
+            let count = left.min(ZERO_PAGES as u64);
+            shadow.write_memory(gpa, &ZEROES[..count as usize * PAGE_SIZE])?;
+            gpa += count * PAGE_SIZE as u64;
+            left -= count;
+        }
+    }
+    Ok(())
+}
+
+/// The thread's body; ends when the session drops its end of `jobs`, or the shadow is gone.
+pub(super) fn run(session: &Arc<Session>, jobs: &crossbeam_channel::Receiver<Job>) {
+    let mut broken = false;
+    for job in jobs {
+        match job {
+            Job::Apply(..) if broken => {}
+            Job::Apply(epoch, staged) => {
+                let result = match lock(&session.shadow).as_deref_mut() {
+                    Some(shadow) => apply(shadow, &staged),
+                    None => return,
+                };
+                match result {
+                    Ok(()) => session.feed(Event::Applied { epoch }),
+                    Err(e) => {
+                        broken = true;
+                        session.feed(Event::ApplyFailed(e.to_string()));
+                    }
+                }
+            }
+            Job::Activate(epoch) => {
+                let event = match activate(session, epoch) {
+                    Ok(()) => Event::Activated,
+                    Err(e) => Event::ActivationFailed(e.to_string()),
+                };
+                session.feed(event);
+                return;
+            }
+            Job::Discard => break,
+        }
+    }
+    if let Some(shadow) = lock(&session.shadow).take() {
+        shadow.discard();
+    }
+}
+
+fn activate(session: &Session, epoch: u64) -> Result<(), MachineError> {
+    let missing = || MachineError(format!("the state of epoch {epoch} is missing"));
+    let shadow = lock(&session.shadow).take().ok_or_else(missing)?;
+    let inputs = lock(&session.staging).take_uncommitted_inputs(epoch);
+    let taken = lock(&session.checkpoints).take(epoch, session.released(), session.clock.now());
+    let Some((state, elapsed, outputs)) = taken else {
+        shadow.discard();
+        return Err(missing());
+    };
+    log::info!("ft: activating epoch {epoch}: {} inputs again, {} outputs", inputs.len(), outputs.len());
+    shadow.activate(Takeover { state, elapsed, outputs, inputs }).map(drop)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn checkpoint(epoch: u64) -> Checkpoint {
+        let outputs = vec![Output::Console { console: 0, data: vec![epoch as u8] }];
+        Checkpoint { epoch, state: vec![epoch as u8], outputs, came: epoch * 100, age: 7 }
+    }
+
+    #[test]
+    fn a_takeover_gets_the_last_state_and_the_outputs_that_may_not_have_left() {
+        let mut checkpoints = Checkpoints::default();
+        for epoch in 1..=5 {
+            checkpoints.push(checkpoint(epoch), epoch.saturating_sub(3));
+        }
+        // Epoch 5 came after the loss was decided: it does not count.
+        checkpoints.0[2].state = vec![4];
+        let (state, age, outputs) = checkpoints.take(4, 3, 450).unwrap();
+        assert_eq!((state, age), (vec![4], Duration::from_nanos(57)));
+        assert_eq!(outputs, [Output::Console { console: 0, data: vec![4] }]);
+        assert!(checkpoints.take(4, 0, 0).is_none());
+    }
+}

@@ -1,0 +1,460 @@
+//! One pairing with a primary: the protocol core, and who performs its actions.
+//!
+//! The receiver thread stages what comes and acknowledges whole epochs itself; it never waits for the shadow once the VM
+//! is protected. The pulse thread sends heartbeats and finds silence. Any thread may step the core; its actions are
+//! done in their order.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::Duration;
+
+use super::applier::{self, Checkpoint, Checkpoints, Job};
+use crate::arbiter::Arbiter;
+use crate::config::{FtInfo, FtLimits, FtRole, FtState};
+use crate::core::backup::{Action, BackupState, Event, FromPrimary, ToPrimary};
+use crate::core::ms;
+use crate::core::staging::Staging;
+use crate::event::{EventSink, Status, announce};
+use crate::machine::{PAGE_SIZE, Shadow};
+use crate::outbox::{Clock, Outbox, Stamp};
+use crate::primary::session::{answer_of, lock};
+use crate::stats::Stat;
+use crate::transport::Stream;
+use crate::wire::frame::{Frame, encode};
+use crate::wire::hello::Hello;
+use crate::wire::reader::FrameReader;
+
+/// Bytes staged and not applied above which acknowledgements wait.
+const BACKLOG: u64 = 256 << 20;
+
+/// How long a last word may take to leave.
+const LAST_WORD: Duration = Duration::from_secs(2);
+
+/// What a session is made of.
+pub(super) struct SessionParts {
+    pub(super) hello: Hello,
+    pub(super) node: String,
+    pub(super) peer: String,
+    pub(super) arbiter: Arc<dyn Arbiter>,
+    pub(super) arbiter_description: String,
+    pub(super) shadow: Box<dyn Shadow>,
+    pub(super) outbox: Outbox,
+    pub(super) clock: Clock,
+    pub(super) events: EventSink,
+}
+
+#[derive(Default)]
+struct Measures {
+    epoch_bytes: Stat,
+    received: u64,
+    this_epoch: u64,
+    ram: u64,
+    disk: u64,
+}
+
+/// See the module's description.
+pub(super) struct Session {
+    hello: Hello,
+    node: String,
+    peer: String,
+    arbiter: Arc<dyn Arbiter>,
+    arbiter_description: String,
+    core: Mutex<BackupState>,
+    announced: Mutex<Option<Status>>,
+    limits: Mutex<FtLimits>,
+    pub(super) staging: Mutex<Staging>,
+    pub(super) checkpoints: Mutex<Checkpoints>,
+    pub(super) shadow: Mutex<Option<Box<dyn Shadow>>>,
+    jobs: Mutex<Option<crossbeam_channel::Sender<Job>>>,
+    outbox: Outbox,
+    pub(super) clock: Clock,
+    heard: AtomicU64,
+    released: AtomicU64,
+    measures: Mutex<Measures>,
+    over: Mutex<bool>,
+    /// Notified when the session is over, when the receiver ends, and when the threads are to end.
+    ended: Condvar,
+    received_all: AtomicBool,
+    quit: AtomicBool,
+    events: EventSink,
+}
+
+/// Log bytes that an epoch may have: the primary stops its guest at `max_lag`, give or take what is under way.
+fn log_limit(limits: &FtLimits) -> u64 {
+    2 * (u64::from(limits.max_lag_mib) << 20) + (64 << 20)
+}
+
+impl Session {
+    pub(super) fn new(parts: SessionParts) -> Arc<Self> {
+        let now = parts.clock.now();
+        let limits = parts.hello.limits.clone();
+        let timeout = ms(limits.heartbeat_timeout_ms.into());
+        let session = Self {
+            core: Mutex::new(BackupState::new(parts.hello.generation, timeout, BACKLOG, now)),
+            announced: Mutex::new(None),
+            staging: Mutex::new(Staging::new(&parts.hello.identity, log_limit(&limits))),
+            limits: Mutex::new(limits),
+            checkpoints: Mutex::default(),
+            shadow: Mutex::new(Some(parts.shadow)),
+            jobs: Mutex::new(None),
+            hello: parts.hello,
+            node: parts.node,
+            peer: parts.peer,
+            arbiter: parts.arbiter,
+            arbiter_description: parts.arbiter_description,
+            outbox: parts.outbox,
+            clock: parts.clock,
+            heard: AtomicU64::new(now),
+            released: AtomicU64::new(0),
+            measures: Mutex::default(),
+            over: Mutex::new(false),
+            ended: Condvar::new(),
+            received_all: AtomicBool::new(false),
+            quit: AtomicBool::new(false),
+            events: parts.events,
+        };
+        session.announce(&lock(&session.core));
+        Arc::new(session)
+    }
+
+    /// Serves the primary until the session's end; returns why it ended, and the report if that end is final.
+    pub(super) fn serve(self: &Arc<Self>, reader: FrameReader<Stream>) -> (Option<String>, Option<FtInfo>) {
+        let (jobs, todo) = crossbeam_channel::unbounded();
+        *lock(&self.jobs) = Some(jobs);
+        let mut threads = Vec::new();
+        let mut spawn = |name: &str, body: Box<dyn FnOnce() + Send>| {
+            match std::thread::Builder::new().name(name.into()).spawn(body) {
+                Ok(thread) => threads.push(thread),
+                Err(e) => self.feed(Event::Leave(format!("the backup cannot start a thread: {e}"))),
+            }
+        };
+        let s = self.clone();
+        spawn("ft-applier", Box::new(move || applier::run(&s, &todo)));
+        let s = self.clone();
+        spawn("ft-sender", Box::new(move || s.send()));
+        let s = self.clone();
+        spawn("ft-pulse", Box::new(move || s.pulse()));
+        self.receive(reader);
+        self.received_all.store(true, Ordering::SeqCst);
+        self.ended.notify_all();
+        self.wait_over();
+        *lock(&self.jobs) = None;
+        self.outbox.close();
+        for thread in threads {
+            if thread.join().is_err() {
+                log::error!("ft: a thread of the backup's session panicked");
+            }
+        }
+        let info = self.info();
+        match info.state {
+            FtState::Disabled => (info.reason, None),
+            _ if self.quit.load(Ordering::SeqCst) && !lock(&self.core).is_over() => (info.reason, None),
+            _ => (info.reason.clone(), Some(info)),
+        }
+    }
+
+    fn wait_over(&self) {
+        let mut over = lock(&self.over);
+        while !*over && !self.quit.load(Ordering::SeqCst) {
+            let waited = self.ended.wait_timeout(over, Duration::from_millis(500));
+            over = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    fn announce(&self, core: &BackupState) {
+        let status = core.status();
+        let mut announced = lock(&self.announced);
+        let changed = |old: &Status| (old.state, &old.reason) != (status.state, &status.reason);
+        if announced.as_ref().is_none_or(changed) {
+            // After a release the listener says that it listens again.
+            if status.state != FtState::Disabled {
+                let role = if status.state == FtState::Solo { FtRole::Primary } else { FtRole::Backup };
+                announce(&self.events, role, &status);
+            }
+            *announced = Some(status);
+        }
+    }
+
+    /// Steps the core and does what it wants.
+    pub(super) fn feed(self: &Arc<Self>, event: Event) {
+        let mut core = lock(&self.core);
+        let actions = core.step(event, self.clock.now());
+        self.announce(&core);
+        let over = core.is_over();
+        self.outbox.mark.store(core.applied(), Ordering::Release);
+        // Jobs are queued with the core locked: their order is the core's.
+        let mut rest = Vec::new();
+        for action in actions {
+            match action {
+                Action::Apply(epoch) => self.apply(epoch),
+                Action::Activate(epoch) => self.job(Job::Activate(epoch)),
+                Action::Discard => self.job(Job::Discard),
+                action => rest.push(action),
+            }
+        }
+        drop(core);
+        for action in rest {
+            match action {
+                Action::Send(message) => self.tell(message),
+                Action::AskArbiter { expected } => self.ask(expected),
+                Action::Disconnect => self.outbox.close(),
+                Action::Farewell => self.outbox.finish(LAST_WORD),
+                Action::Apply(_) | Action::Activate(_) | Action::Discard => {}
+            }
+        }
+        if over {
+            *lock(&self.over) = true;
+            self.ended.notify_all();
+        }
+    }
+
+    fn job(&self, job: Job) {
+        if let Some(jobs) = &*lock(&self.jobs) {
+            // The applier has ended only when there is no shadow any more.
+            let _ = jobs.send(job);
+        }
+    }
+
+    /// With the core locked: a takeover must find the checkpoint that the core decided on, and no later one.
+    fn apply(&self, epoch: u64) {
+        let Some(mut staged) = lock(&self.staging).take(epoch) else { return };
+        let (state, outputs) = (std::mem::take(&mut staged.state), std::mem::take(&mut staged.outputs));
+        let checkpoint = Checkpoint { epoch, state, outputs, came: self.clock.now(), age: staged.age_ns };
+        lock(&self.checkpoints).push(checkpoint, self.released());
+        self.job(Job::Apply(epoch, Box::new(staged)));
+    }
+
+    fn tell(&self, message: ToPrimary) {
+        let frame = match message {
+            ToPrimary::Ack(epoch) => Frame::Ack(epoch),
+            ToPrimary::Disarmed => Frame::Disarmed,
+            ToPrimary::HandedOver(generation) => Frame::HandedOver(generation),
+            ToPrimary::HandoverFailed { generation, reason } => Frame::HandoverFailed { generation, reason },
+            ToPrimary::Bye(reason) => Frame::Bye(reason),
+        };
+        // An error shows on the receiving side too, where it is dealt with.
+        if let Err(e) = self.outbox.write_now(&encode(&frame)) {
+            log::warn!("ft: {frame:?} did not reach the primary: {e}");
+        }
+    }
+
+    fn ask(self: &Arc<Self>, expected: u64) {
+        let session = self.clone();
+        let asked = std::thread::Builder::new().name("ft-arbiter".into()).spawn(move || {
+            let answer = session.arbiter.test_and_set(&session.hello.identity.vm_id, expected, &session.node);
+            session.feed(Event::Arbiter(answer_of(answer)));
+        });
+        if let Err(e) = asked {
+            let reason = format!("cannot start a thread: {e}");
+            self.feed(Event::Arbiter(crate::core::arbitration::Answer::Unknown { reason }));
+        }
+    }
+
+    fn lost(self: &Arc<Self>, reason: String) {
+        self.feed(Event::PeerLost { heard: self.heard.load(Ordering::Acquire), reason });
+    }
+
+    /// The receiver: returns when the connection ends.
+    fn receive(self: &Arc<Self>, mut reader: FrameReader<Stream>) {
+        let mut heard = || self.heard.store(self.clock.now(), Ordering::Release);
+        loop {
+            let (envelope, frame) = match reader.next(&mut heard) {
+                Ok(got) => got,
+                Err(e) => return self.lost(format!("log channel: {e}")),
+            };
+            if let Stamp::Echo(stamp) = &self.outbox.stamp {
+                stamp.fetch_max(envelope.stamp, Ordering::AcqRel);
+            }
+            self.released.fetch_max(envelope.mark, Ordering::AcqRel);
+            if !lock(&self.core).takes_data() {
+                // The end is decided; the rest is read only so that the last word arrives.
+                continue;
+            }
+            self.measure(&frame, envelope.size);
+            if let Err(e) = self.take(frame) {
+                // The connection is closed by the core.
+                self.lost(e);
+            }
+        }
+    }
+
+    fn measure(&self, frame: &Frame, size: usize) {
+        let mut measures = lock(&self.measures);
+        measures.received += size as u64;
+        measures.this_epoch += size as u64;
+        let pages = |runs: &[crate::machine::PageRun]| runs.iter().map(|r| r.count).sum::<u64>() * PAGE_SIZE as u64;
+        match frame {
+            Frame::Pages { epoch: 0, runs, .. } | Frame::ZeroPages { epoch: 0, runs } => measures.ram += pages(runs),
+            Frame::Disk { epoch: 0, change, .. } => {
+                measures.disk += match change {
+                    crate::machine::DiskChange::Write { data, .. } => data.len() as u64,
+                    crate::machine::DiskChange::Zero { len, .. } => *len,
+                    crate::machine::DiskChange::Flush => 0,
+                };
+            }
+            Frame::End(marker) => {
+                let bytes = std::mem::take(&mut measures.this_epoch) as f64;
+                if marker.epoch > 1 {
+                    measures.epoch_bytes.add(bytes);
+                }
+            }
+            _ => {}
+        }
+    }
+
+    fn take(self: &Arc<Self>, frame: Frame) -> Result<(), String> {
+        let mut staging = lock(&self.staging);
+        let precopy = staging.whole() == 0;
+        let result = match frame {
+            Frame::Heartbeat => Ok(()),
+            Frame::Pages { epoch: 0, .. } | Frame::ZeroPages { epoch: 0, .. } | Frame::Disk { epoch: 0, .. } if precopy => {
+                let checked = match &frame {
+                    Frame::Pages { runs, .. } | Frame::ZeroPages { runs, .. } => staging.check_pages(runs),
+                    Frame::Disk { disk, change, .. } => staging.check_disk(*disk, change),
+                    _ => Ok(()),
+                };
+                drop(staging);
+                checked.map_err(|e| e.to_string())?;
+                return self.write_through(frame);
+            }
+            Frame::Pages { epoch, runs, data } => staging.pages(epoch, runs, data),
+            Frame::ZeroPages { epoch, runs } => staging.zero_pages(epoch, &runs),
+            Frame::Disk { epoch, disk, change } => staging.disk(epoch, disk, change),
+            Frame::Input { epoch, input } => staging.input(epoch, input),
+            Frame::Outputs { epoch, outputs } => staging.outputs(epoch, outputs),
+            Frame::State { epoch, data } => staging.state(epoch, &data),
+            Frame::End(marker) => {
+                let bytes = staging.end(&marker).map_err(|e| e.to_string())?;
+                drop(staging);
+                self.feed(Event::Staged { epoch: marker.epoch, bytes });
+                return Ok(());
+            }
+            Frame::Disarm(reason) => {
+                drop(staging);
+                self.feed(Event::Peer(FromPrimary::Disarm(reason)));
+                return Ok(());
+            }
+            Frame::Handover(epoch) => {
+                drop(staging);
+                self.feed(Event::Peer(FromPrimary::Handover(epoch)));
+                return Ok(());
+            }
+            Frame::Limits(limits) => {
+                staging.set_log_limit(log_limit(&limits));
+                drop(staging);
+                let timeout = ms(limits.heartbeat_timeout_ms.into());
+                *lock(&self.limits) = limits;
+                self.feed(Event::Peer(FromPrimary::Timeout(timeout)));
+                return Ok(());
+            }
+            other => {
+                let what: String = format!("{other:?}").chars().take(40).collect();
+                return Err(format!("the primary sent what only a backup sends: {what}"));
+            }
+        };
+        result.map_err(|e| e.to_string())
+    }
+
+    /// Pre-copy: nothing counts yet, so it goes straight into the shadow.
+    fn write_through(&self, frame: Frame) -> Result<(), String> {
+        let mut shadow = lock(&self.shadow);
+        let Some(shadow) = shadow.as_deref_mut() else { return Ok(()) };
+        let result = match frame {
+            Frame::Pages { runs, data, .. } => {
+                let mut at = 0;
+                runs.iter().try_for_each(|run| {
+                    let len = run.count as usize * PAGE_SIZE;
+                    at += len;
+                    shadow.write_memory(run.gpa, &data[at - len..at])
+                })
+            }
+            Frame::ZeroPages { runs, .. } => applier::write_zeroes(shadow, &runs),
+            Frame::Disk { disk, change, .. } => shadow.apply_disk(disk, &change),
+            _ => Ok(()),
+        };
+        result.map_err(|e| format!("the backup cannot take a copy: {e}"))
+    }
+
+    fn send(self: &Arc<Self>) {
+        if let Err(e) = self.outbox.run() {
+            self.lost(format!("log channel: {e}"));
+        }
+    }
+
+    fn pulse(self: &Arc<Self>) {
+        self.beat();
+        // The last word is on its way; a primary that does not hang up then is hung up on.
+        let over = lock(&self.over);
+        let waits = |_: &mut bool| !self.received_all.load(Ordering::SeqCst) && !self.quit.load(Ordering::SeqCst);
+        drop(self.ended.wait_timeout_while(over, LAST_WORD, waits));
+        self.outbox.close();
+    }
+
+    fn beat(self: &Arc<Self>) {
+        loop {
+            let limits = lock(&self.limits).clone();
+            let heartbeat = Duration::from_millis(limits.heartbeat_ms.into()) / 2;
+            let interval = heartbeat.min(Duration::from_millis(limits.heartbeat_timeout_ms.into()) / 8);
+            {
+                let over = lock(&self.over);
+                if *over || self.quit.load(Ordering::SeqCst) {
+                    return;
+                }
+                let (over, _) = self.ended.wait_timeout(over, interval).unwrap_or_else(PoisonError::into_inner);
+                if *over || self.quit.load(Ordering::SeqCst) {
+                    return;
+                }
+            }
+            if self.clock.now().saturating_sub(self.outbox.last_write()) >= heartbeat.as_nanos() as u64 {
+                self.outbox.post(encode(&Frame::Heartbeat));
+            }
+            self.feed(Event::Tick { heard: self.heard.load(Ordering::Acquire) });
+        }
+    }
+
+    /// The last epoch whose outputs left, as far as the primary told.
+    pub(super) fn released(&self) -> u64 {
+        self.released.load(Ordering::Acquire)
+    }
+
+    pub(super) fn may_leave(&self) -> bool {
+        lock(&self.core).may_leave()
+    }
+
+    /// The threads are to end, whatever the state.
+    pub(super) fn quit(&self) {
+        self.quit.store(true, Ordering::SeqCst);
+        self.outbox.close();
+        self.ended.notify_all();
+    }
+
+    pub(super) fn info(&self) -> FtInfo {
+        let core = lock(&self.core);
+        let (status, times) = (core.status(), core.times());
+        drop(core);
+        let mut info = FtInfo::disabled();
+        info.role = if status.state == FtState::Solo { FtRole::Primary } else { FtRole::Backup };
+        (info.state, info.reason) = (status.state, status.reason);
+        (info.generation, info.epoch, info.committed) = (status.generation, status.epoch, status.committed);
+        info.epochs_total = status.committed;
+        info.peer = Some(self.peer.clone());
+        info.arbiter = Some(self.arbiter_description.clone());
+        info.limits = lock(&self.limits).clone();
+        let identity = &self.hello.identity;
+        info.progress.ram_bytes_total = identity.memory.iter().map(|(_, size)| size).sum();
+        info.progress.disk_bytes_total = identity.disks.iter().filter(|d| !d.readonly).map(|d| d.size).sum();
+        let measures = lock(&self.measures);
+        info.progress.ram_bytes_sent = measures.ram;
+        info.progress.disk_bytes_sent = measures.disk;
+        info.bytes_sent = measures.received;
+        info.epoch_bytes = measures.epoch_bytes.report();
+        let since = |from: u64, to: u64| to.saturating_sub(from) as f64 / 1e6;
+        if times.detected > 0 {
+            info.detection_ms = Some(since(times.heard, times.detected));
+        }
+        if times.activated > 0 {
+            info.activation_ms = Some(since(times.detected, times.activated));
+        }
+        info
+    }
+}

@@ -1,0 +1,233 @@
+//! The controller thread: it alone pauses and resumes the VM, attaches and takes away the interposer.
+//!
+//! ```text
+//! pre-copy -> pause, last pass, attach, checkpoint 1, resume -> [ sleep -> checkpoint -> send ]* -> let go or stop
+//! ```
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+use super::precopy;
+use super::session::{Session, lock};
+use crate::core::ms;
+use crate::core::primary::{Action, Event};
+use crate::machine::{MachineError, Output, PageRun};
+use crate::wire::pages::PageEncoder;
+
+/// RAM copied per epoch for which room is made beforehand.
+const STAGING: usize = 16 << 20;
+
+/// What the controller keeps from epoch to epoch.
+pub(super) struct Controller {
+    pub(super) session: Arc<Session>,
+    pub(super) encoder: PageEncoder,
+    /// Content of the epoch's pages.
+    pub(super) staging: Vec<u8>,
+    pub(super) runs: Vec<PageRun>,
+    pub(super) epoch_began: Instant,
+    todo: VecDeque<Action>,
+    paused: bool,
+    tracking: bool,
+    attached: bool,
+    /// The last action was done: nothing more to do.
+    done: bool,
+}
+
+/// Timers of this thread fire when they should; the default slack of 50 us is a good part of an epoch.
+fn sharpen_timers() {
+    // SAFETY: prctl(2) with PR_SET_TIMERSLACK takes a plain number and affects the calling thread alone.
+    unsafe { libc::prctl(libc::PR_SET_TIMERSLACK, 1_000 as libc::c_ulong, 0, 0, 0) };
+}
+
+/// The thread's body.
+pub(super) fn run(session: &Arc<Session>) {
+    sharpen_timers();
+    let mut controller = Controller {
+        session: session.clone(),
+        encoder: PageEncoder::default(),
+        // Touched now, so that no page of it has to be found while the guest stands still.
+        staging: vec![1; STAGING],
+        runs: Vec::new(),
+        epoch_began: Instant::now(),
+        todo: VecDeque::new(),
+        paused: false,
+        tracking: false,
+        attached: false,
+        done: false,
+    };
+    if let Err(e) = controller.begin() {
+        controller.drive(e.into());
+    }
+    controller.serve();
+    session.finish();
+}
+
+/// Why protection did not begin.
+pub(super) enum BeginError {
+    /// The VM.
+    Machine(MachineError),
+    /// The connection.
+    Channel(std::io::Error),
+    /// The core knows already.
+    Ended,
+}
+
+impl From<MachineError> for BeginError {
+    fn from(e: MachineError) -> Self {
+        Self::Machine(e)
+    }
+}
+
+impl From<std::io::Error> for BeginError {
+    fn from(e: std::io::Error) -> Self {
+        Self::Channel(e)
+    }
+}
+
+impl From<BeginError> for Event {
+    fn from(e: BeginError) -> Self {
+        match e {
+            BeginError::Machine(e) => Self::MachineFailed(e.to_string()),
+            BeginError::Channel(e) => Self::PeerLost(format!("log channel: {e}")),
+            BeginError::Ended => Session::TICK,
+        }
+    }
+}
+
+impl Controller {
+    /// Everything up to the first checkpoint.
+    fn begin(&mut self) -> Result<(), BeginError> {
+        self.session.machine.start_tracking()?;
+        self.tracking = true;
+        let pending = precopy::run(self)?;
+        let begin = Instant::now();
+        self.pause()?;
+        precopy::last_pass(self, pending)?;
+        self.session.machine.attach(self.session.interposer.clone())?;
+        self.attached = true;
+        if !lock(&self.session.core).begin_first_checkpoint() {
+            return Err(BeginError::Ended);
+        }
+        self.checkpoint(begin)
+    }
+
+    fn serve(&mut self) {
+        while !self.done {
+            let mailed = std::mem::take(&mut lock(&self.session.mailbox).actions);
+            self.todo.extend(mailed);
+            if let Some(action) = self.todo.pop_front() {
+                self.perform(action);
+                continue;
+            }
+            self.drive(Session::TICK);
+            if !self.todo.is_empty() {
+                continue;
+            }
+            if self.session.quit.load(Ordering::SeqCst) {
+                return self.give_up();
+            }
+            let deadline = lock(&self.session.core).deadline();
+            let longest = self.session.clock.now() + ms(1_000);
+            self.session.sleep(deadline.unwrap_or(longest).min(longest));
+        }
+    }
+
+    /// Steps the core; what it wants of this thread is done in [`Controller::serve`].
+    pub(super) fn drive(&mut self, event: Event) {
+        let actions = self.session.step(event);
+        self.todo.extend(actions);
+    }
+
+    /// Does at once what the core wants, if it is `wanted`; the rest stays for [`Controller::serve`].
+    pub(super) fn perform_first(&mut self, wanted: &Action) {
+        if let Some(at) = self.todo.iter().position(|action| action == wanted) {
+            self.todo.remove(at);
+            self.perform(wanted.clone());
+        }
+    }
+
+    fn perform(&mut self, action: Action) {
+        match action {
+            Action::Checkpoint => {
+                let begin = Instant::now();
+                if let Err(e) = self.pause().map_err(BeginError::from).and_then(|()| self.checkpoint(begin)) {
+                    self.drive(e.into());
+                }
+            }
+            Action::Resume => self.resume(),
+            Action::Throttle(percent) => self.session.machine.throttle(percent),
+            Action::GoAlone | Action::Abandon => self.let_go(),
+            Action::Stop(reason) => self.stop(&reason),
+            // Performed by the session.
+            Action::Release(_) | Action::Send(_) | Action::AskArbiter { .. } | Action::Disconnect => {}
+        }
+    }
+
+    pub(super) fn pause(&mut self) -> Result<(), MachineError> {
+        if !self.paused {
+            self.session.interposer.begin_cut();
+            self.session.machine.pause()?;
+            self.paused = true;
+        }
+        Ok(())
+    }
+
+    pub(super) fn resume(&mut self) {
+        self.session.interposer.end_cut();
+        if self.paused {
+            self.paused = false;
+            if let Err(e) = self.session.machine.resume() {
+                log::error!("ft: the VM does not resume: {e}");
+            }
+        }
+        self.epoch_began = Instant::now();
+    }
+
+    /// The VM goes on as an ordinary one: everything held leaves in order, then the interposer is taken away, then the
+    /// guest runs.
+    fn let_go(&mut self) {
+        let session = self.session.clone();
+        let problem = |what: &str, e: MachineError| log::error!("ft: {what}: {e}");
+        if self.attached {
+            if let Err(e) = self.pause() {
+                problem("pausing the VM to end FT", e);
+            }
+            let order = lock(&session.releasing);
+            let outputs: Vec<Output> = session.interposer.close().into_iter().flat_map(|held| held.outputs).collect();
+            if !outputs.is_empty() {
+                session.machine.release(outputs);
+            }
+            drop(order);
+            if let Err(e) = session.machine.detach() {
+                problem("taking the interposer away", e);
+            }
+            self.attached = false;
+        }
+        if self.tracking {
+            session.machine.stop_tracking();
+            self.tracking = false;
+        }
+        session.machine.throttle(100);
+        self.resume();
+        self.done = true;
+    }
+
+    fn stop(&mut self, reason: &str) {
+        // Workers that wait for room would keep the VM from being paused; what they still send is held and dropped.
+        self.session.interposer.begin_cut();
+        self.session.machine.stop(reason);
+        drop(self.session.interposer.close());
+        self.done = true;
+    }
+
+    /// The VMM ends FT's threads while it is open who runs the VM: then it is not this side (R4).
+    fn give_up(&mut self) {
+        if self.attached {
+            self.stop("FT was shut down while it was open who runs the VM");
+        } else {
+            self.let_go();
+        }
+    }
+}

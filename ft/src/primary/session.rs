@@ -1,0 +1,372 @@
+//! What the primary's threads share: the protocol core, and who performs its actions.
+//!
+//! [`Session::feed`] steps the core and performs what can be done from any thread (release, send, ask, disconnect);
+//! what pauses or changes the VM goes to the controller's mailbox.
+
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use crate::arbiter::{Arbiter, Verdict};
+use crate::config::{FtInfo, FtLimits, FtRole, FtState};
+use crate::core::arbitration::Answer;
+use crate::core::primary::{Action, Event, FromBackup, PrimaryState, ToBackup};
+use crate::core::{MAX_IN_FLIGHT, Nanos};
+use crate::event::{EventSink, Status, announce};
+use crate::interposer::{Interposer, LogSink};
+use crate::machine::{DiskChange, Identity, Protected};
+use crate::outbox::{Clock, Outbox};
+use crate::primary::metrics::Metrics;
+use crate::transport::Stream;
+use crate::wire::frame::{self, Frame, encode};
+use crate::wire::reader::FrameReader;
+
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What a session is made of.
+pub struct SessionParts {
+    pub(super) machine: Arc<dyn Protected>,
+    pub(super) identity: Identity,
+    pub(super) arbiter: Arc<dyn Arbiter>,
+    pub(super) arbiter_description: String,
+    pub(super) node: String,
+    pub(super) peer: String,
+    pub(super) generation: u64,
+    pub(super) limits: FtLimits,
+    pub(super) outbox: Outbox,
+    pub(super) clock: Clock,
+    pub(super) events: EventSink,
+}
+
+/// What the controller is to do next.
+#[derive(Default)]
+pub(super) struct Mailbox {
+    pub(super) actions: VecDeque<Action>,
+    /// Something changed that it should look at.
+    pub(super) woken: bool,
+    /// It sleeps until then unless it is woken.
+    pub(super) until: Nanos,
+    /// FT is over and its last action done.
+    pub(super) finished: bool,
+}
+
+/// Sends log entries and counts them, for the end marker.
+pub(super) struct Log {
+    outbox: Arc<Outbox>,
+    pub(super) inputs: AtomicU64,
+    pub(super) disk: AtomicU64,
+}
+
+impl LogSink for Log {
+    fn input_frame(&self, epoch: u64, nic: u16, data: &[u8]) -> u64 {
+        self.inputs.fetch_add(1, Ordering::Relaxed);
+        self.outbox.post([frame::input_frame(epoch, nic, data)])
+    }
+
+    fn disk_change(&self, epoch: u64, disk: u16, change: DiskChange) -> u64 {
+        let frames = frame::disk_change(epoch, disk, change);
+        self.disk.fetch_add(frames.len() as u64, Ordering::Relaxed);
+        self.outbox.post(frames)
+    }
+}
+
+/// The interposer stops device workers a little later than the core stops the guest.
+pub(super) fn interposer_bound(limits: &FtLimits) -> u64 {
+    u64::from(limits.max_lag_mib) << 20
+}
+
+/// The primary's side of one pairing.
+pub struct Session {
+    pub(super) machine: Arc<dyn Protected>,
+    pub(super) identity: Identity,
+    arbiter: Arc<dyn Arbiter>,
+    arbiter_description: String,
+    node: String,
+    peer: String,
+    pub(super) core: Mutex<PrimaryState>,
+    announced: Mutex<Option<Status>>,
+    pub(super) limits: Mutex<FtLimits>,
+    pub(super) outbox: Arc<Outbox>,
+    pub(super) log: Arc<Log>,
+    pub(super) interposer: Arc<Interposer>,
+    pub(super) clock: Clock,
+    heard: AtomicU64,
+    pub(super) mailbox: Mutex<Mailbox>,
+    /// Wakes the controller.
+    changed: Condvar,
+    /// Wakes everybody who waits for the end.
+    ended: Condvar,
+    /// Outputs leave in order: whoever takes them out of the interposer holds this until they have left.
+    pub(super) releasing: Mutex<()>,
+    pub(super) metrics: Mutex<Metrics>,
+    pub(super) quit: AtomicBool,
+    events: EventSink,
+}
+
+impl Session {
+    pub(super) fn new(parts: SessionParts) -> Arc<Self> {
+        Arc::new_cyclic(|weak: &std::sync::Weak<Self>| {
+            let outbox = Arc::new(parts.outbox);
+            let log = Arc::new(Log { outbox: outbox.clone(), inputs: AtomicU64::new(0), disk: AtomicU64::new(0) });
+            let session = weak.clone();
+            let waker = Arc::new(move || {
+                if let Some(session) = session.upgrade() {
+                    session.wake();
+                }
+            });
+            let interposer = Interposer::new(1, interposer_bound(&parts.limits), log.clone(), waker);
+            let now = parts.clock.now();
+            let core = PrimaryState::new(parts.generation, (&parts.limits).into(), MAX_IN_FLIGHT, now);
+            let session = Self {
+                machine: parts.machine,
+                identity: parts.identity,
+                arbiter: parts.arbiter,
+                arbiter_description: parts.arbiter_description,
+                node: parts.node,
+                peer: parts.peer,
+                core: Mutex::new(core),
+                announced: Mutex::new(None),
+                limits: Mutex::new(parts.limits),
+                outbox,
+                log,
+                interposer,
+                clock: parts.clock,
+                heard: AtomicU64::new(now),
+                mailbox: Mutex::default(),
+                changed: Condvar::new(),
+                ended: Condvar::new(),
+                releasing: Mutex::new(()),
+                metrics: Mutex::default(),
+                quit: AtomicBool::new(false),
+                events: parts.events,
+            };
+            session.announce(&lock(&session.core));
+            session
+        })
+    }
+
+    pub(super) fn wake(&self) {
+        lock(&self.mailbox).woken = true;
+        self.changed.notify_one();
+    }
+
+    /// The controller's sleep until it is woken, or until `deadline`.
+    pub(super) fn sleep(&self, deadline: Nanos) {
+        let mut mailbox = lock(&self.mailbox);
+        mailbox.until = deadline;
+        while mailbox.actions.is_empty() && !mailbox.woken && !self.quit.load(Ordering::SeqCst) {
+            let left = deadline.saturating_sub(self.clock.now());
+            if left == 0 {
+                break;
+            }
+            let waited = self.changed.wait_timeout(mailbox, Duration::from_nanos(left));
+            mailbox = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+        mailbox.woken = false;
+        mailbox.until = 0;
+    }
+
+    /// Waits for the end of FT, but not longer than `timeout`.
+    pub(super) fn wait_end(&self, timeout: Duration) {
+        let end = self.clock.now().saturating_add(timeout.as_nanos() as u64);
+        let mut mailbox = lock(&self.mailbox);
+        while !mailbox.finished && !self.quit.load(Ordering::SeqCst) {
+            let left = end.saturating_sub(self.clock.now());
+            if left == 0 {
+                return;
+            }
+            let waited = self.ended.wait_timeout(mailbox, Duration::from_nanos(left));
+            mailbox = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    pub(super) fn finish(&self) {
+        lock(&self.mailbox).finished = true;
+        self.ended.notify_all();
+    }
+
+    /// All threads are to end.
+    pub(super) fn quit(&self) {
+        self.quit.store(true, Ordering::SeqCst);
+        self.outbox.close();
+        // With the lock, so that nobody misses it between looking and sleeping.
+        drop(lock(&self.mailbox));
+        self.changed.notify_all();
+        self.ended.notify_all();
+    }
+
+    /// Called with the core locked, so that changes are announced in their order.
+    fn announce(&self, core: &PrimaryState) {
+        let status = core.status();
+        let mut announced = lock(&self.announced);
+        let changed = |old: &Status| (old.state, &old.reason) != (status.state, &status.reason);
+        if announced.as_ref().is_none_or(changed) {
+            announce(&self.events, FtRole::Primary, &status);
+            *announced = Some(status);
+        }
+    }
+
+    /// Steps the core; what pauses or changes the VM is returned, the rest is done.
+    pub(super) fn step(self: &Arc<Self>, event: Event) -> Vec<Action> {
+        let mut core = lock(&self.core);
+        let event = match event {
+            // Read under the core's lock: an older value must not overwrite a newer one.
+            Event::Tick { .. } => self.tick(),
+            event => event,
+        };
+        let actions = core.step(event, self.clock.now());
+        self.announce(&core);
+        drop(core);
+        actions.into_iter().filter_map(|action| self.perform(action)).collect()
+    }
+
+    fn tick(&self) -> Event {
+        Event::Tick {
+            heard: self.heard.load(Ordering::Acquire),
+            running_bytes: self.interposer.running_bytes(),
+            output: self.interposer.has_output(),
+        }
+    }
+
+    /// A tick; its values are read when it is processed.
+    pub(super) const TICK: Event = Event::Tick { heard: 0, running_bytes: 0, output: false };
+
+    /// Steps the core from any thread but the controller.
+    pub(super) fn feed(self: &Arc<Self>, event: Event) {
+        let heavy = self.step(event);
+        let deadline = lock(&self.core).deadline();
+        let mut mailbox = lock(&self.mailbox);
+        if !heavy.is_empty() || deadline.is_some_and(|at| at < mailbox.until) {
+            mailbox.actions.extend(heavy);
+            mailbox.woken = true;
+            self.changed.notify_one();
+        }
+    }
+
+    fn perform(self: &Arc<Self>, action: Action) -> Option<Action> {
+        match action {
+            Action::Release(epoch) => self.release(epoch),
+            Action::Send(ToBackup::Disarm(reason)) => drop(self.outbox.post(encode(&Frame::Disarm(reason)))),
+            Action::Send(ToBackup::Handover(epoch)) => drop(self.outbox.post(encode(&Frame::Handover(epoch)))),
+            Action::AskArbiter { expected } => self.ask(expected),
+            Action::Disconnect => self.outbox.close(),
+            heavy => return Some(heavy),
+        }
+        None
+    }
+
+    fn release(&self, epoch: u64) {
+        let order = lock(&self.releasing);
+        let mut outputs = Vec::new();
+        let mut ages = Vec::new();
+        for mut held in self.interposer.take_committed(epoch) {
+            ages.push((held.outputs.len(), held.age()));
+            outputs.append(&mut held.outputs);
+        }
+        if !outputs.is_empty() {
+            self.machine.release(outputs);
+        }
+        self.outbox.mark.store(epoch, Ordering::Release);
+        drop(order);
+        let mut metrics = lock(&self.metrics);
+        for (count, age) in ages {
+            metrics.released(count, age);
+        }
+    }
+
+    fn ask(self: &Arc<Self>, expected: u64) {
+        let session = self.clone();
+        let asked = std::thread::Builder::new().name("ft-arbiter".into()).spawn(move || {
+            let answer = session.arbiter.test_and_set(&session.identity.vm_id, expected, &session.node);
+            session.feed(Event::Arbiter(answer_of(answer)));
+        });
+        if let Err(e) = asked {
+            log::error!("ft: cannot ask the arbiter: {e}");
+            let mut core = lock(&self.core);
+            let reason = format!("cannot start a thread: {e}");
+            core.step(Event::Arbiter(Answer::Unknown { reason }), self.clock.now());
+        }
+    }
+
+    /// The receiver thread.
+    pub(super) fn receive(self: &Arc<Self>, mut reader: FrameReader<Stream>) {
+        let mut heard = || self.heard.store(self.clock.now(), Ordering::Release);
+        loop {
+            let (envelope, frame) = match reader.next(&mut heard) {
+                Ok(got) => got,
+                Err(e) => return self.feed(Event::PeerLost(format!("log channel: {e}"))),
+            };
+            let message = match frame {
+                Frame::Heartbeat => FromBackup::Heartbeat,
+                Frame::Ack(epoch) => FromBackup::Ack(epoch),
+                Frame::Disarmed => FromBackup::Disarmed,
+                Frame::HandedOver(generation) => FromBackup::HandedOver(generation),
+                Frame::HandoverFailed { generation, reason } => FromBackup::HandoverFailed { generation, reason },
+                Frame::Bye(reason) => FromBackup::Bye(reason),
+                _ => return self.feed(Event::PeerLost("the backup sent a frame that only a primary sends".into())),
+            };
+            let acknowledged = if let FromBackup::Ack(epoch) = message { Some(epoch) } else { None };
+            self.feed(Event::Peer { echo: envelope.stamp, message });
+            if let Some(epoch) = acknowledged {
+                lock(&self.metrics).commit(epoch);
+            }
+        }
+    }
+
+    /// The sender thread.
+    pub(super) fn send(self: &Arc<Self>) {
+        if let Err(e) = self.outbox.run() {
+            self.feed(Event::PeerLost(format!("log channel: {e}")));
+        }
+    }
+
+    /// The pulse thread: heartbeats, silence, deadlines, retries. Never blocks on the network.
+    pub(super) fn pulse(self: &Arc<Self>) {
+        while !self.quit.load(Ordering::SeqCst) {
+            let (heartbeat, timeout, over) = {
+                let core = lock(&self.core);
+                (core.limits().heartbeat, core.limits().timeout, core.is_over())
+            };
+            if over {
+                return;
+            }
+            let now = self.clock.now();
+            if now.saturating_sub(self.outbox.last_write()) >= heartbeat / 2 {
+                self.outbox.post(encode(&Frame::Heartbeat));
+            }
+            self.feed(Self::TICK);
+            self.wait_end(Duration::from_nanos((heartbeat / 2).min(timeout / 8)));
+        }
+    }
+
+    /// The report.
+    pub(super) fn info(&self) -> FtInfo {
+        let mut info = FtInfo::disabled();
+        lock(&self.metrics).report(&mut info);
+        let core = lock(&self.core);
+        let status = core.status();
+        (info.lag_bytes, info.run_percent) = (core.lag(), core.percent());
+        drop(core);
+        info.role = if status.state == FtState::Disabled { FtRole::None } else { FtRole::Primary };
+        (info.state, info.reason) = (status.state, status.reason);
+        (info.generation, info.epoch, info.committed) = (status.generation, status.epoch, status.committed);
+        info.peer = Some(self.peer.clone());
+        info.arbiter = Some(self.arbiter_description.clone());
+        info.limits = lock(&self.limits).clone();
+        (info.outputs_waiting, _) = self.interposer.waiting();
+        info.bytes_sent = self.outbox.bytes_written();
+        info
+    }
+}
+
+/// The arbiter's answer, for the core.
+pub(crate) fn answer_of(answer: Result<Verdict, crate::arbiter::ArbiterError>) -> Answer {
+    match answer {
+        Ok(Verdict::Won) => Answer::Won,
+        Ok(Verdict::Lost { winner }) => Answer::Lost { winner },
+        Err(e) => Answer::Unknown { reason: e.to_string() },
+    }
+}
