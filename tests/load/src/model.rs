@@ -239,7 +239,7 @@ impl Model {
         let mut sectors = bytes.chunks_exact(SECTOR);
         let start = sectors.next().unwrap_or_default();
         let head = [&DISK_MAGIC[..], &report.slots.to_le_bytes()].concat();
-        if !start.starts_with(&head) {
+        if !start.starts_with(&head) || start[head.len()..].iter().any(|b| *b != 0) {
             note(false, "sector 0 is not that of a formatted store".into());
         }
         for (slot, sector) in sectors.enumerate() {
