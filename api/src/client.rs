@@ -17,6 +17,8 @@ use crate::service::{ApiError, ErrorBody, RestoreConfig, VmCounters, VmInfo, VmS
 
 /// Longest answer that is read, in bytes.
 const MAX_ANSWER: usize = 64 << 20;
+/// How long a VMM may take to answer a question (GET), unless another time is set.
+const QUERY_TIME: Duration = Duration::from_secs(30);
 /// Longest head of an answer, in bytes.
 const MAX_HEAD: usize = 64 << 10;
 
@@ -99,7 +101,8 @@ impl Client {
         }
     }
 
-    /// How long the VMM may be silent during a request; for ever unless set.
+    /// How long the VMM may be silent during a request. Unless set: 30 seconds for a GET, for ever for a PUT, which may
+    /// have much to do (a snapshot of a large VM).
     pub fn with_timeout(mut self, timeout: Duration) -> Self {
         self.timeout = Some(timeout);
         self
@@ -176,7 +179,8 @@ impl Client {
 
     /// Any endpoint: returns the body of a good answer.
     pub fn request(&self, method: Method, name: &str, body: Option<&[u8]>) -> Result<Vec<u8>, ClientError> {
-        let mut stream = self.connect()?;
+        let timeout = self.timeout.or((method == Method::Get).then_some(QUERY_TIME));
+        let mut stream = self.connect(timeout)?;
         let mut message = format!("{} {PREFIX}{name} HTTP/1.1\r\nHost: localhost\r\n", method.name());
         if let Some(body) = body {
             message.push_str(&format!(
@@ -196,7 +200,7 @@ impl Client {
         }
     }
 
-    fn connect(&self) -> Result<UnixStream, ClientError> {
+    fn connect(&self, timeout: Option<Duration>) -> Result<UnixStream, ClientError> {
         let path = || self.path.clone();
         let stream = UnixStream::connect(&self.path).map_err(|source| match source.kind() {
             io::ErrorKind::NotFound => ClientError::NoSocket(path()),
@@ -204,14 +208,14 @@ impl Client {
             _ => ClientError::Connect { path: path(), source },
         })?;
         stream
-            .set_read_timeout(self.timeout)
-            .and_then(|()| stream.set_write_timeout(self.timeout))
+            .set_read_timeout(timeout)
+            .and_then(|()| stream.set_write_timeout(timeout))
             .map_err(|source| ClientError::Connect { path: path(), source })?;
         Ok(stream)
     }
 
     fn broken(&self, name: &str, source: io::Error) -> ClientError {
-        match (source.kind(), self.timeout) {
+        match (source.kind(), self.timeout.or(Some(QUERY_TIME))) {
             (io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut, Some(after)) => ClientError::Timeout {
                 name: name.into(),
                 after,

@@ -136,3 +136,65 @@ fn write_events(mut file: File, messages: &Receiver<Message>) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+    use std::os::fd::OwnedFd;
+
+    use super::*;
+
+    #[test]
+    fn events_are_json_objects_with_an_empty_line_between() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("events");
+        let events = Events::to_file(File::create(&path).unwrap()).unwrap();
+        events.emit("vm", "booted", &[]);
+        events.clone().emit("ft", "protected", &[("epoch", "7".into())]);
+        events.flush();
+        let text = std::fs::read_to_string(&path).unwrap();
+        let objects: Vec<serde_json::Value> = text
+            .split_terminator("\n\n")
+            .map(|object| serde_json::from_str(object).unwrap())
+            .collect();
+        assert_eq!(objects.len(), 2);
+        assert!(
+            text.starts_with("{\n  \"timestamp\": {\n    \"secs\": 0,\n    \"nanos\": "),
+            "{text}"
+        );
+        assert_eq!(
+            (&objects[0]["source"], &objects[0]["event"]),
+            (&"vm".into(), &"booted".into())
+        );
+        assert!(objects[0]["properties"].is_null());
+        assert_eq!(objects[1]["properties"]["epoch"], "7");
+    }
+
+    #[test]
+    fn a_reader_that_does_not_read_holds_nobody_up() {
+        let (mut reader, writer) = std::io::pipe().unwrap();
+        let events = Events::to_file(OwnedFd::from(writer).into()).unwrap();
+        let start = Instant::now();
+        for _ in 0..5 * QUEUE {
+            events.emit("vm", "booted", &[]);
+        }
+        events.flush();
+        assert!(start.elapsed() < Duration::from_secs(5), "{:?}", start.elapsed());
+        let read = std::thread::spawn(move || {
+            let mut text = String::new();
+            reader.read_to_string(&mut text).map(|_| text)
+        });
+        // Once there is room again, the next event tells what was lost.
+        std::thread::sleep(Duration::from_millis(200));
+        events.emit("vm", "shutdown", &[]);
+        drop(events);
+        let text = read.join().unwrap().unwrap();
+        assert!(text.contains("events_dropped_before"), "{}", text.len());
+    }
+
+    #[test]
+    fn nowhere_is_fine() {
+        Events::none().emit("vm", "booted", &[]);
+        Events::default().flush();
+    }
+}
