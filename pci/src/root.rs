@@ -4,12 +4,13 @@
 //! `functions` is fixed once the machine is built. The table of mapped BARs is exchanged as a whole after each write to
 //! a configuration space, so that accesses to BARs take no lock but for its pointer.
 
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use devices::bus::BusDevice;
+use serde::{Deserialize, Serialize};
 
 use crate::PciDevice;
-use crate::config_space::{Ids, PciConfigSpace};
+use crate::config_space::{self, ConfigSpaceState, Ids, PciConfigSpace};
 
 /// Number of functions on the bus, host bridge included.
 pub const MAX_DEVICES: usize = 32;
@@ -19,6 +20,21 @@ pub const PORT: u64 = 0xcf8;
 pub const PORTS: u64 = 8;
 /// Size in bytes of the ECAM window of one bus.
 pub const ECAM_SIZE: u64 = 1 << 20;
+
+/// Saved state of the root complex.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RootState {
+    /// Format of this struct: 1.
+    pub version: u32,
+    /// Address register of the configuration mechanism #1.
+    pub address: u32,
+    /// Host bridge.
+    pub bridge: ConfigSpaceState,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 struct Mapped {
     start: u64,
@@ -75,14 +91,30 @@ impl PciRoot {
         *self.mapped.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(mapped);
     }
 
+    /// Saved state; the functions have their own.
+    pub fn state(&self) -> RootState {
+        RootState {
+            version: 1,
+            address: *lock(&self.address),
+            bridge: lock(&self.bridge).state(),
+        }
+    }
+
+    /// Loads a saved state. The functions' states must be loaded before: their BARs are looked at anew.
+    pub fn set_state(&self, state: &RootState) -> Result<(), config_space::Error> {
+        if state.version != 1 {
+            return Err(config_space::Error::State("root complex of another version"));
+        }
+        lock(&self.bridge).set_state(&state.bridge)?;
+        *lock(&self.address) = state.address;
+        self.remap();
+        Ok(())
+    }
+
     fn config_read(&self, devfn: u8, offset: u16, data: &mut [u8]) {
         data.fill(0xff);
         match devfn {
-            0 => self
-                .bridge
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .read(usize::from(offset), data),
+            0 => lock(&self.bridge).read(usize::from(offset), data),
             n if n & 7 == 0 => {
                 if let Some(device) = self.functions.get(usize::from(n >> 3) - 1) {
                     device.config_read(offset, data);
@@ -94,11 +126,7 @@ impl PciRoot {
 
     fn config_write(&self, devfn: u8, offset: u16, data: &[u8]) {
         match devfn {
-            0 => self
-                .bridge
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .write(usize::from(offset), data),
+            0 => lock(&self.bridge).write(usize::from(offset), data),
             n if n & 7 == 0 => {
                 if let Some(device) = self.functions.get(usize::from(n >> 3) - 1) {
                     device.config_write(offset, data);
@@ -136,7 +164,7 @@ pub struct Ports(pub Arc<PciRoot>);
 
 impl Ports {
     fn target(&self, offset: u64) -> Option<(u8, u16)> {
-        let address = *self.0.address.lock().unwrap_or_else(PoisonError::into_inner);
+        let address = *lock(&self.0.address);
         let enabled_bus_0 = address >> 31 == 1 && address >> 16 & 0xff == 0;
         enabled_bus_0.then_some(((address >> 8) as u8, (address & 0xfc) as u16 + (offset - 4) as u16))
     }
@@ -146,14 +174,7 @@ impl BusDevice for Ports {
     fn read(&self, offset: u64, data: &mut [u8]) {
         data.fill(0xff);
         if offset == 0 && data.len() == 4 {
-            data.copy_from_slice(
-                &self
-                    .0
-                    .address
-                    .lock()
-                    .unwrap_or_else(PoisonError::into_inner)
-                    .to_le_bytes(),
-            );
+            data.copy_from_slice(&lock(&self.0.address).to_le_bytes());
         } else if offset >= 4
             && let Some((devfn, register)) = self.target(offset)
         {
@@ -164,7 +185,7 @@ impl BusDevice for Ports {
     fn write(&self, offset: u64, data: &[u8]) {
         if let (0, [a, b, c, d]) = (offset, data) {
             let address = u32::from_le_bytes([*a, *b, *c, *d]);
-            *self.0.address.lock().unwrap_or_else(PoisonError::into_inner) = address;
+            *lock(&self.0.address) = address;
         } else if offset >= 4
             && let Some((devfn, register)) = self.target(offset)
         {

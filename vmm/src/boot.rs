@@ -4,7 +4,6 @@ use std::fs::File;
 use std::path::Path;
 
 use api::VmConfig;
-use arch::kernel::Kernel;
 use hypervisor::BootRegisters;
 use thiserror::Error;
 
@@ -56,7 +55,6 @@ pub fn load(config: &VmConfig, ram: &GuestRam) -> Result<BootRegisters, Error> {
     let cmdline = payload.cmdline.as_deref().unwrap_or("");
     Ok(arch::kernel::load(
         memory,
-        ram.size(),
         &mut kernel,
         initramfs.as_mut(),
         cmdline,

@@ -6,9 +6,10 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use api::{ConsoleConfig, ConsoleMode};
+use devices::gate::Gate;
 use devices::serial::Serial;
 use virtio_devices::backend::ConsoleBackend;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -28,6 +29,14 @@ pub struct HostConsole {
 }
 
 impl HostConsole {
+    /// Discards output, has no input.
+    pub fn null() -> Self {
+        Self {
+            output: Output::Null,
+            input: None,
+        }
+    }
+
     /// Opens what `config` says; `None` when the console is off.
     pub fn open(config: &ConsoleConfig) -> io::Result<Option<Self>> {
         let (output, input) = match config.mode {
@@ -103,50 +112,6 @@ fn readable(fds: &[RawFd], timeout_ms: i32) -> io::Result<Vec<bool>> {
         return Ok(vec![false; fds.len()]);
     }
     Ok(polls.iter().map(|p| p.revents != 0).collect())
-}
-
-/// A gate that threads pass on their way into the machine, closed while it is held still.
-#[derive(Default)]
-pub struct Gate {
-    state: Mutex<GateState>,
-    changed: Condvar,
-}
-
-#[derive(Default)]
-struct GateState {
-    closed: bool,
-    inside: usize,
-}
-
-impl Gate {
-    /// Runs `f` while the gate is open; waits for that first.
-    pub fn pass<R>(&self, f: impl FnOnce() -> R) -> R {
-        let mut state = lock(&self.state);
-        while state.closed {
-            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
-        }
-        state.inside += 1;
-        drop(state);
-        let result = f();
-        lock(&self.state).inside -= 1;
-        self.changed.notify_all();
-        result
-    }
-
-    /// Closes the gate and waits until nobody is inside.
-    pub fn close(&self) {
-        let mut state = lock(&self.state);
-        state.closed = true;
-        while state.inside > 0 {
-            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
-        }
-    }
-
-    /// Opens it again.
-    pub fn open(&self) {
-        lock(&self.state).closed = false;
-        self.changed.notify_all();
-    }
 }
 
 /// The backend behind the serial port; shared between the port's output and the thread that brings its input.

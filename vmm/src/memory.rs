@@ -71,6 +71,11 @@ pub struct PageRange {
     pub count: u64,
 }
 
+/// The log of the VMM's own writes to a region.
+fn own_writes(region: &GuestRegionMmap<AtomicBitmap>) -> &AtomicBitmap {
+    std::ops::Deref::deref(region).bitmap()
+}
+
 /// All RAM of one VM.
 pub struct GuestRam {
     memory: Arc<GuestMemory>,
@@ -199,7 +204,7 @@ impl GuestRam {
     pub fn harvest_dirty(&self, vm: &dyn Vm, out: &mut Vec<PageRange>) -> Result<(), Error> {
         let mut log = vm.harvest_dirty()?;
         for (slot, region) in self.slots.iter().zip(self.memory.iter()) {
-            let own = region.bitmap().get_and_reset();
+            let own = own_writes(region).get_and_reset();
             let mut words = own;
             words.resize((slot.size / PAGE_SIZE).div_ceil(64) as usize, 0);
             if let Some(i) = log.iter().position(|b| b.slot == slot.slot) {
@@ -216,7 +221,7 @@ impl GuestRam {
     /// Forgets the VMM's own writes so far.
     pub fn clear_own_writes(&self) {
         for region in self.memory.iter() {
-            region.bitmap().reset();
+            own_writes(region).reset();
         }
     }
 

@@ -27,6 +27,8 @@ pub struct VmState {
     pub rtc: rtc::RtcState,
     /// Power management.
     pub ged: ged::GedState,
+    /// PCI root complex.
+    pub pci: pci::root::RootState,
     /// virtio devices by id, in PCI order.
     pub virtio: Vec<(String, VirtioState)>,
 }

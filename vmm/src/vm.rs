@@ -121,6 +121,12 @@ struct Run {
     stop_reason: Option<String>,
 }
 
+/// Dirty rings where this host has them; the largest, since a full one costs an exit.
+fn dirty_log(hypervisor: &dyn Hypervisor) -> VmOptions {
+    let dirty_ring_entries = if hypervisor.capabilities().dirty_ring { 1 << 16 } else { 0 };
+    VmOptions { dirty_ring_entries }
+}
+
 /// One virtual machine.
 pub struct Vm {
     config: VmConfig,
@@ -144,7 +150,7 @@ impl Vm {
         let ram = GuestRam::new(&config.memory)?;
         let kvm = context
             .hypervisor
-            .create_vm(VmOptions::default())
+            .create_vm(dirty_log(context.hypervisor.as_ref()))
             .map_err(hv("create the VM"))?;
         ram.attach(kvm.as_ref())?;
         let vcpu_count = config.cpus.boot_vcpus;
@@ -177,7 +183,6 @@ impl Vm {
         };
         let vcpus = Vcpus::start(vcpus, &exits)?;
         let power_on = vcpus.states()?;
-        devices.pause();
         Ok(Arc::new(Self {
             config,
             uuid: uuid.unwrap_or_else(|| uuid::Uuid::new_v4().to_string()),
@@ -317,19 +322,11 @@ impl Vm {
 
     /// Complete state; the VM must be paused.
     pub fn state(&self) -> Result<VmState, Error> {
-        Ok(VmState {
-            version: state::VERSION,
-            vcpus: self.vcpus.states()?,
-            clock: self.kvm.clock().map_err(|source| Error::Hypervisor {
-                what: "read kvmclock",
-                source,
-            })?,
-            ioapic: self.devices.ioapic().state(),
-            serial: self.devices.serial().state(),
-            rtc: self.devices.rtc().state(),
-            ged: self.devices.ged().state(),
-            virtio: self.devices.virtio_states(),
-        })
+        let clock = self.kvm.clock().map_err(|source| Error::Hypervisor {
+            what: "read kvmclock",
+            source,
+        })?;
+        Ok(self.devices.save(self.vcpus.states()?, clock))
     }
 
     /// Loads a complete state into this VM, which must never have run, and whose RAM must already be that state's.
@@ -346,9 +343,10 @@ impl Vm {
             what: "set kvmclock",
             source,
         };
-        self.devices.set_states(state)?;
+        self.devices.load(state)?;
         self.kvm.set_clock(&state.clock, advance_ns).map_err(clock)?;
         self.vcpus.set_states(&state.vcpus, advance_ns)?;
+        self.devices.kick();
         Ok(())
     }
 
