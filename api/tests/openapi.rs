@@ -147,7 +147,7 @@ fn names<T: Deserialize<'static>>() -> BTreeSet<String> {
 
 /// Schemas by name with the names of their Rust types.
 fn types() -> BTreeMap<&'static str, BTreeSet<String>> {
-    let mut types = BTreeMap::from([
+    let types = BTreeMap::from([
         ("Error", names::<api::service::ErrorBody>()),
         ("VmmPingResponse", names::<api::VmmPingResponse>()),
         ("VmState", names::<api::VmState>()),
@@ -174,19 +174,22 @@ fn types() -> BTreeMap<&'static str, BTreeSet<String>> {
         ("RestoreConfig", names::<api::RestoreConfig>()),
     ]);
     #[cfg(feature = "ft")]
-    types.extend([
-        ("FtReceiveConfig", names::<ft::config::FtReceiveConfig>()),
-        ("FtDiskOverride", names::<ft::config::FtDiskOverride>()),
-        ("FtNetOverride", names::<ft::config::FtNetOverride>()),
-        ("FtEnableConfig", names::<ft::config::FtEnableConfig>()),
-        ("FtLimits", names::<ft::config::FtLimits>()),
-        ("FtLimitsPatch", names::<ft::config::FtLimitsPatch>()),
-        ("FtState", names::<ft::config::FtState>()),
-        ("FtRole", names::<ft::config::FtRole>()),
-        ("FtStat", names::<ft::config::FtStat>()),
-        ("FtProgress", names::<ft::config::FtProgress>()),
-        ("FtInfo", names::<ft::config::FtInfo>()),
-    ]);
+    let types = types
+        .into_iter()
+        .chain([
+            ("FtReceiveConfig", names::<ft::config::FtReceiveConfig>()),
+            ("FtDiskOverride", names::<ft::config::FtDiskOverride>()),
+            ("FtNetOverride", names::<ft::config::FtNetOverride>()),
+            ("FtEnableConfig", names::<ft::config::FtEnableConfig>()),
+            ("FtLimits", names::<ft::config::FtLimits>()),
+            ("FtLimitsPatch", names::<ft::config::FtLimitsPatch>()),
+            ("FtState", names::<ft::config::FtState>()),
+            ("FtRole", names::<ft::config::FtRole>()),
+            ("FtStat", names::<ft::config::FtStat>()),
+            ("FtProgress", names::<ft::config::FtProgress>()),
+            ("FtInfo", names::<ft::config::FtInfo>()),
+        ])
+        .collect();
     types
 }
 

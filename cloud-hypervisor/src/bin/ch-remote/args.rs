@@ -2,7 +2,9 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand};
+#[cfg(feature = "ft")]
+use clap::Args;
+use clap::{Parser, Subcommand};
 
 /// Controls a cloud-hypervisor VMM through its API socket.
 #[derive(Debug, Parser)]

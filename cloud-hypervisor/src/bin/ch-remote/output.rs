@@ -18,11 +18,6 @@ pub fn json<T: Serialize>(value: &T) {
     line(&serde_json::to_string_pretty(value).unwrap_or_else(|e| e.to_string()));
 }
 
-/// Prints `value` as one line of JSON.
-pub fn json_line<T: Serialize>(value: &T) {
-    line(&serde_json::to_string(value).unwrap_or_else(|e| e.to_string()));
-}
-
 /// A command that has nothing to tell is done.
 pub fn done(as_json: bool) {
     if as_json {

@@ -30,7 +30,7 @@ pub fn run(client: &Client, interval: f64, json: bool) -> Result<()> {
         let due = before.as_ref().is_none_or(|(at, _)| at.elapsed() >= interval);
         if due || (changed && json) {
             if json {
-                output::json_line(&info);
+                output::line(&serde_json::to_string(&info)?);
             } else {
                 if lines % HEADING_EVERY == 0 {
                     output::line(&heading());
