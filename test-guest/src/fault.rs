@@ -38,3 +38,9 @@ extern "C" fn exception_main() -> ! {
     );
     cpu::stop()
 }
+
+/// Named by the precompiled `alloc`, whose landing pads are never entered: panics do not unwind here.
+#[unsafe(no_mangle)]
+extern "C" fn _Unwind_Resume() -> ! {
+    cpu::stop()
+}

@@ -1,0 +1,154 @@
+//! The services: a pool of connections for each TCP port, UDP echo, and what they share.
+
+mod connection;
+mod control;
+mod store;
+mod stream;
+
+use alloc::string::String;
+use alloc::vec;
+use alloc::vec::Vec;
+
+use guest_core::acpi::Platform;
+use smoltcp::iface::{SocketHandle, SocketSet};
+use smoltcp::socket::{tcp, udp};
+use smoltcp::time::Duration;
+
+use crate::store::Store;
+use crate::time::{Clock, KvmClock};
+use crate::virtio::Rng;
+use connection::Connection;
+
+const ECHO: u16 = 7;
+const SINK: u16 = 9000;
+const SOURCE: u16 = 9001;
+const STORE: u16 = 9002;
+const CONTROL: u16 = 9003;
+
+/// (port, connections, receive buffer, send buffer)
+const POOLS: [(u16, usize, usize, usize); 5] = [
+    (ECHO, 12, 128 << 10, 128 << 10),
+    (SINK, 9, 512 << 10, 16 << 10),
+    (SOURCE, 9, 16 << 10, 512 << 10),
+    (STORE, 17, 64 << 10, 64 << 10),
+    (CONTROL, 9, 8 << 10, 8 << 10),
+];
+
+/// A peer that does not answer for this long is given up.
+const TIMEOUT: Duration = Duration::from_secs(120);
+const KEEP_ALIVE: Duration = Duration::from_secs(30);
+/// Datagrams that wait for echo, and their bytes.
+const DATAGRAMS: usize = 64;
+const DATAGRAM_BYTES: usize = 128 << 10;
+
+/// What the machine is asked to do once the answer is sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Power {
+    /// Power off.
+    Off,
+    /// Reset.
+    Reset,
+}
+
+/// What services use of the rest of the guest.
+pub struct Context {
+    /// Time.
+    pub clock: &'static Clock,
+    /// kvmclock, where there is one.
+    pub kvm_clock: Option<KvmClock>,
+    /// The store, or why there is none.
+    pub store: Result<Store, &'static str>,
+    /// The source of random numbers, if there is one.
+    pub rng: Option<Rng>,
+    /// Power and processors.
+    pub platform: Platform,
+    /// Processors at work.
+    pub processors: u32,
+    /// Devices interrupt.
+    pub interrupts: bool,
+    /// Frames received and sent.
+    pub frames: (u64, u64),
+    /// Pages of the dirtier's arena.
+    pub arena_pages: u64,
+    /// Value of COUNT.
+    pub count: u64,
+    /// Set when the machine is to end.
+    pub power: Option<Power>,
+}
+
+/// All services.
+pub struct Services {
+    connections: Vec<Connection>,
+    udp: SocketHandle,
+    scratch: Vec<u8>,
+}
+
+impl Services {
+    /// Listens on all ports.
+    pub fn new(sockets: &mut SocketSet<'_>) -> Self {
+        let mut connections = Vec::new();
+        for (port, count, receive, send) in POOLS {
+            for _ in 0..count {
+                let buffer = |len| tcp::SocketBuffer::new(vec![0; len]);
+                let mut socket = tcp::Socket::new(buffer(receive), buffer(send));
+                socket.set_nagle_enabled(false);
+                socket.set_ack_delay(None);
+                socket.set_timeout(Some(TIMEOUT));
+                socket.set_keep_alive(Some(KEEP_ALIVE));
+                connections.push(Connection::new(port, sockets.add(socket)));
+            }
+        }
+        let datagrams = || udp::PacketBuffer::new(vec![udp::PacketMetadata::EMPTY; DATAGRAMS], vec![0; DATAGRAM_BYTES]);
+        let mut socket = udp::Socket::new(datagrams(), datagrams());
+        // Port 7 is not 0, so that this does not fail.
+        let _ = socket.bind(ECHO);
+        Self {
+            connections,
+            udp: sockets.add(socket),
+            scratch: vec![0; 128 << 10],
+        }
+    }
+
+    fn echo_datagrams(&mut self, sockets: &mut SocketSet<'_>) -> bool {
+        let socket = sockets.get_mut::<udp::Socket<'_>>(self.udp);
+        let mut worked = false;
+        while socket.can_send()
+            && let Ok((len, from)) = socket.recv_slice(&mut self.scratch)
+        {
+            // One that does not fit is lost, as datagrams may be.
+            let _ = socket.send_slice(&self.scratch[..len], from.endpoint);
+            worked = true;
+        }
+        worked
+    }
+
+    /// Serves all; true if something was done.
+    pub fn step(&mut self, sockets: &mut SocketSet<'_>, context: &mut Context) -> bool {
+        let mut worked = self.echo_datagrams(sockets);
+        if let Ok(store) = &mut context.store {
+            worked |= store.step();
+            for answer in store.answers() {
+                if let Some(connection) = self.connections.get_mut(answer.owner.connection) {
+                    connection.answer(answer);
+                }
+            }
+        }
+        if let Some(rng) = &mut context.rng
+            && let Some(bytes) = rng.take()
+        {
+            let text: String = bytes.iter().map(|b| alloc::format!("{b:02x}")).collect();
+            for connection in &mut self.connections {
+                connection.random(&text);
+            }
+            worked = true;
+        }
+        for (place, connection) in self.connections.iter_mut().enumerate() {
+            worked |= connection.step(place, sockets, context, &mut self.scratch);
+        }
+        // PUTs that have just come go to the disk at once.
+        if let Ok(store) = &mut context.store {
+            store.step();
+        }
+        worked
+    }
+}
