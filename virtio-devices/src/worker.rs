@@ -1,0 +1,114 @@
+//! A device's thread: waits for notifications and for the backend, and serves them.
+//!
+//! All descriptors are watched for edges, so that an event that nobody takes (a paused device, a receive queue without
+//! buffers) does not come again and again. In turn whoever leaves something undone must remember it: the model does,
+//! or sets `full_pass`. The eventfds are never read; each write is an edge.
+
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::{Arc, PoisonError};
+
+use vmm_sys_util::epoll::{ControlOperation, EpollEvent, EventSet};
+
+use crate::Error;
+use crate::model::{Model, Ready};
+use crate::transport::Device;
+use crate::transport::common::Core;
+
+const WAKE: u64 = 1 << 32;
+const BACKEND: u64 = WAKE + 1;
+
+fn backend_event(writable: bool) -> EpollEvent {
+    let mut events = EventSet::IN | EventSet::EDGE_TRIGGERED;
+    if writable {
+        events |= EventSet::OUT;
+    }
+    EpollEvent::new(events, BACKEND)
+}
+
+impl<M: Model> Device<M> {
+    /// Starts the thread. It ends when the core's `stop` is set.
+    pub(crate) fn start_worker(self: &Arc<Self>) -> Result<(), Error> {
+        let add = |fd: RawFd, token| {
+            let event = EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, token);
+            self.epoll.ctl(ControlOperation::Add, fd, event).map_err(Error::Worker)
+        };
+        add(self.wake.as_raw_fd(), WAKE)?;
+        for (i, event) in self.queue_events.iter().enumerate() {
+            add(event.as_raw_fd(), i as u64)?;
+        }
+        self.watch(&mut self.core());
+        let device = self.clone();
+        let thread = std::thread::Builder::new()
+            .name(format!("virtio{}", self.id))
+            .spawn(move || run(&device))
+            .map_err(Error::Worker)?;
+        *crate::lock(&self.thread) = Some(thread);
+        Ok(())
+    }
+
+    /// Stops watching the backend's descriptor, before it may be closed.
+    pub(crate) fn unwatch(&self, core: &mut Core<M>) {
+        if let Some((fd, _)) = core.watched.take() {
+            // Fails for one that cannot be watched (see below).
+            let _ = self.epoll.ctl(ControlOperation::Delete, fd, EpollEvent::default());
+        }
+    }
+
+    /// Watches the descriptor that the model names now; an event comes at once when it is ready already.
+    pub(crate) fn watch(&self, core: &mut Core<M>) {
+        let now = core.model.poll();
+        if core.watched == now {
+            return;
+        }
+        let operation = match (core.watched, now) {
+            (Some((before, _)), Some((fd, _))) if before == fd => ControlOperation::Modify,
+            _ => {
+                self.unwatch(core);
+                ControlOperation::Add
+            }
+        };
+        core.watched = now;
+        if let Some((fd, writable)) = now
+            && let Err(e) = self.epoll.ctl(operation, fd, backend_event(writable))
+            // Regular files cannot be watched: they are always ready, and the models try on every notification.
+            && e.raw_os_error() != Some(libc::EPERM)
+        {
+            log::error!("{}: cannot watch the backend: {e}", self.id);
+        }
+    }
+}
+
+fn run<M: Model>(device: &Device<M>) {
+    let mut events = [EpollEvent::default(); 8];
+    let mut ready = Ready::default();
+    loop {
+        let timeout = if ready.is_empty() { -1 } else { 0 };
+        let count = match device.epoll.wait(timeout, &mut events) {
+            Ok(count) => count,
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
+            Err(e) => return log::error!("{}: the worker ends: {e}", device.id),
+        };
+        for event in &events[..count] {
+            match event.data() {
+                WAKE => {}
+                BACKEND => {
+                    ready.readable |= event
+                        .event_set()
+                        .intersects(EventSet::IN | EventSet::ERROR | EventSet::HANG_UP);
+                    ready.writable |= event.event_set().intersects(EventSet::OUT | EventSet::ERROR);
+                }
+                queue => ready.set_queue(queue as usize, true),
+            }
+        }
+        let mut core = device.core_for_worker();
+        while core.holds > 0 && !core.stop {
+            core = device.released.wait(core).unwrap_or_else(PoisonError::into_inner);
+        }
+        if core.stop {
+            return;
+        }
+        core.serve(&device.id, &device.memory, &device.interrupts, &mut ready);
+        device.watch(&mut core);
+    }
+}
