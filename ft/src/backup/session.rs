@@ -136,7 +136,7 @@ impl Session {
         spawn("ft-pulse", Box::new(move || s.pulse()));
         self.receive(reader);
         self.received_all.store(true, Ordering::SeqCst);
-        self.ended.notify_all();
+        self.signal();
         self.wait_over();
         *lock(&self.jobs) = None;
         self.outbox.close();
@@ -425,6 +425,13 @@ impl Session {
     pub(super) fn quit(&self) {
         self.quit.store(true, Ordering::SeqCst);
         self.outbox.close();
+        self.signal();
+    }
+
+    /// Lets everybody look at the flags who waits for one of them; with the lock, so that nobody misses it between
+    /// looking and sleeping.
+    fn signal(&self) {
+        drop(lock(&self.over));
         self.ended.notify_all();
     }
 

@@ -1,0 +1,408 @@
+//! A VM over plain byte arrays: RAM, disks, devices that call the interposer, and a complete history of checkpoints.
+
+use std::collections::BTreeSet;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::time::Duration;
+
+use ft::interposer::Interposer;
+use ft::machine::*;
+
+pub const PAGE: usize = PAGE_SIZE;
+pub const BLOCK: u64 = 4096;
+
+/// Everything that a checkpoint must contain.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Contents {
+    pub ram: Vec<u8>,
+    pub disks: Vec<Vec<u8>>,
+    pub counter: u64,
+}
+
+#[derive(Default)]
+struct Gate {
+    paused: bool,
+    inside: u32,
+    stopped: Option<String>,
+}
+
+pub struct FakeVm {
+    pub identity: Identity,
+    contents: Mutex<Contents>,
+    gate: Mutex<Gate>,
+    moved: Condvar,
+    dirty: Mutex<BTreeSet<u64>>,
+    blocks: Mutex<Vec<BTreeSet<u64>>>,
+    pub interposer: Mutex<Option<Arc<Interposer>>>,
+    /// What left the VM.
+    pub wire: Mutex<Vec<Output>>,
+    /// What the guest was given after a takeover.
+    pub replayed: Mutex<Vec<Input>>,
+    /// Contents at each `save_state`.
+    pub history: Mutex<Vec<Contents>>,
+    pub tracking: Mutex<bool>,
+    pub fail_save: Mutex<Option<String>>,
+    pub throttled: Mutex<Vec<u8>>,
+}
+
+pub fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
+    m.lock().unwrap()
+}
+
+pub fn identity(id: &str) -> Identity {
+    Identity {
+        vm_id: id.into(),
+        vmm_version: "1".into(),
+        config: "{}".into(),
+        memory: vec![(0, 64 * PAGE as u64), (1 << 20, 64 * PAGE as u64)],
+        vcpus: 2,
+        cpu_features: vec![("leaf 1 ecx".into(), 7)],
+        tsc_khz: 1000,
+        disks: vec![
+            DiskIdentity { id: "_disk0".into(), size: 64 * BLOCK, readonly: false },
+            DiskIdentity { id: "_disk1".into(), size: 8 * BLOCK, readonly: true },
+        ],
+        nics: 2,
+    }
+}
+
+impl FakeVm {
+    pub fn new(identity: Identity) -> Arc<Self> {
+        let ram: u64 = identity.memory.iter().map(|(_, size)| size).sum();
+        let disks = identity.disks.iter().map(|d| vec![0; d.size as usize]).collect();
+        Self::with(identity, Contents { ram: vec![0; ram as usize], disks, counter: 0 })
+    }
+
+    pub fn with(identity: Identity, contents: Contents) -> Arc<Self> {
+        let blocks = identity.disks.iter().map(|_| BTreeSet::new()).collect();
+        Arc::new(Self {
+            identity,
+            contents: Mutex::new(contents),
+            gate: Mutex::default(),
+            moved: Condvar::new(),
+            dirty: Mutex::default(),
+            blocks: Mutex::new(blocks),
+            interposer: Mutex::default(),
+            wire: Mutex::default(),
+            replayed: Mutex::default(),
+            history: Mutex::default(),
+            tracking: Mutex::new(false),
+            fail_save: Mutex::default(),
+            throttled: Mutex::default(),
+        })
+    }
+
+    fn offset(&self, gpa: u64, len: usize) -> Result<usize, MachineError> {
+        let mut base = 0;
+        for (start, size) in &self.identity.memory {
+            if gpa >= *start && gpa + len as u64 <= start + size {
+                return Ok(base + (gpa - start) as usize);
+            }
+            base += *size as usize;
+        }
+        Err(MachineError(format!("no RAM at {gpa:#x}")))
+    }
+
+    /// Runs a device or vCPU operation: never while paused. `None`: the VM is stopped for good.
+    pub fn run<R>(&self, op: impl FnOnce(&Self) -> R) -> Option<R> {
+        let mut gate = lock(&self.gate);
+        while gate.paused && gate.stopped.is_none() {
+            gate = self.moved.wait(gate).unwrap();
+        }
+        if gate.stopped.is_some() {
+            return None;
+        }
+        gate.inside += 1;
+        drop(gate);
+        let result = op(self);
+        lock(&self.gate).inside -= 1;
+        self.moved.notify_all();
+        Some(result)
+    }
+
+    fn poke(&self, gpa: u64, data: &[u8]) {
+        let at = self.offset(gpa, data.len()).unwrap();
+        lock(&self.contents).ram[at..at + data.len()].copy_from_slice(data);
+        for page in gpa / PAGE as u64..=(gpa + data.len() as u64 - 1) / PAGE as u64 {
+            lock(&self.dirty).insert(page);
+        }
+    }
+
+    pub fn write_ram(&self, gpa: u64, data: &[u8]) -> bool {
+        self.run(|vm| vm.poke(gpa, data)).is_some()
+    }
+
+    /// The guest counts and sends the new value.
+    pub fn count_and_send(&self) -> Option<u64> {
+        self.run(|vm| {
+            let n = {
+                let mut contents = lock(&vm.contents);
+                contents.counter += 1;
+                contents.counter
+            };
+            vm.poke(0, &n.to_le_bytes());
+            vm.output(Output::Frame { nic: 0, data: n.to_le_bytes().to_vec() });
+            n
+        })
+    }
+
+    fn output(&self, output: Output) {
+        let interposer = lock(&self.interposer).clone();
+        match (interposer, output) {
+            (Some(i), Output::Frame { nic, data }) => i.hold_frame(nic, data),
+            (Some(i), Output::Console { console, data }) => i.hold_console(console, &data),
+            (None, output) => lock(&self.wire).push(output),
+        }
+    }
+
+    pub fn print(&self, text: &str) {
+        self.run(|vm| vm.output(Output::Console { console: 0, data: text.into() }));
+    }
+
+    /// The guest receives a frame and keeps it in RAM.
+    pub fn receive(&self, frame: &[u8]) -> bool {
+        self.run(|vm| {
+            if let Some(i) = lock(&vm.interposer).clone() {
+                i.log_frame(1, frame);
+            }
+            vm.poke(8 * PAGE as u64, frame);
+        })
+        .is_some()
+    }
+
+    pub fn write_disk(&self, offset: u64, data: &[u8]) -> bool {
+        self.run(|vm| {
+            lock(&vm.contents).disks[0][offset as usize..][..data.len()].copy_from_slice(data);
+            match lock(&vm.interposer).clone() {
+                Some(i) => i.log_disk(0, DiskChange::Write { offset, data: data.to_vec() }),
+                None => {
+                    let last = (offset + data.len() as u64 - 1) / BLOCK;
+                    lock(&vm.blocks)[0].extend(offset / BLOCK..=last);
+                }
+            }
+        })
+        .is_some()
+    }
+
+    pub fn zero_disk(&self, offset: u64, len: u64) {
+        self.run(|vm| {
+            lock(&vm.contents).disks[0][offset as usize..][..len as usize].fill(0);
+            match lock(&vm.interposer).clone() {
+                Some(i) => i.log_disk(0, DiskChange::Zero { offset, len, unmap: true }),
+                None => lock(&vm.blocks)[0].extend(offset / BLOCK..=(offset + len - 1) / BLOCK),
+            }
+        });
+    }
+
+    pub fn contents(&self) -> Contents {
+        lock(&self.contents).clone()
+    }
+
+    pub fn stop_reason(&self) -> Option<String> {
+        lock(&self.gate).stopped.clone()
+    }
+
+    pub fn is_paused(&self) -> bool {
+        lock(&self.gate).paused
+    }
+
+    /// Counter values that left the VM, in order.
+    pub fn sent(&self) -> Vec<u64> {
+        let numbers = |output: &Output| match output {
+            Output::Frame { data, .. } => Some(u64::from_le_bytes(data[..].try_into().unwrap())),
+            Output::Console { .. } => None,
+        };
+        lock(&self.wire).iter().filter_map(numbers).collect()
+    }
+
+    fn hold(&self) {
+        let mut gate = lock(&self.gate);
+        gate.paused = true;
+        while gate.inside > 0 {
+            gate = self.moved.wait(gate).unwrap();
+        }
+    }
+}
+
+impl Protected for FakeVm {
+    fn identity(&self) -> Result<Identity, MachineError> {
+        Ok(self.identity.clone())
+    }
+
+    fn start_tracking(&self) -> Result<(), MachineError> {
+        assert!(!std::mem::replace(&mut *lock(&self.tracking), true));
+        lock(&self.dirty).clear();
+        Ok(())
+    }
+
+    fn stop_tracking(&self) {
+        assert!(std::mem::replace(&mut *lock(&self.tracking), false));
+    }
+
+    fn harvest_dirty(&self, out: &mut Vec<PageRun>) -> Result<(), MachineError> {
+        let pages = std::mem::take(&mut *lock(&self.dirty));
+        out.extend(pages.into_iter().map(|page| PageRun { gpa: page * PAGE as u64, count: 1 }));
+        Ok(())
+    }
+
+    fn read_memory(&self, gpa: u64, buf: &mut [u8]) -> Result<(), MachineError> {
+        let at = self.offset(gpa, buf.len())?;
+        buf.copy_from_slice(&lock(&self.contents).ram[at..at + buf.len()]);
+        Ok(())
+    }
+
+    fn read_disk(&self, disk: u16, offset: u64, buf: &mut [u8]) -> Result<(), MachineError> {
+        buf.copy_from_slice(&lock(&self.contents).disks[usize::from(disk)][offset as usize..][..buf.len()]);
+        Ok(())
+    }
+
+    fn harvest_dirty_blocks(&self, disk: u16, out: &mut Vec<(u64, u64)>) -> Result<(), MachineError> {
+        let blocks = std::mem::take(&mut lock(&self.blocks)[usize::from(disk)]);
+        out.extend(blocks.into_iter().map(|block| (block * BLOCK, BLOCK)));
+        Ok(())
+    }
+
+    fn pause(&self) -> Result<(), MachineError> {
+        assert!(!self.is_paused() || self.stop_reason().is_some(), "pauses do not nest");
+        self.hold();
+        Ok(())
+    }
+
+    fn save_state(&self) -> Result<Vec<u8>, MachineError> {
+        assert!(self.is_paused());
+        if let Some(reason) = lock(&self.fail_save).clone() {
+            return Err(MachineError(reason));
+        }
+        let contents = self.contents();
+        let state = contents.counter.to_le_bytes().to_vec();
+        lock(&self.history).push(contents);
+        Ok(state)
+    }
+
+    fn resume(&self) -> Result<(), MachineError> {
+        lock(&self.gate).paused = false;
+        self.moved.notify_all();
+        Ok(())
+    }
+
+    fn attach(&self, interposer: Arc<Interposer>) -> Result<(), MachineError> {
+        assert!(self.is_paused());
+        assert!(lock(&self.interposer).replace(interposer).is_none());
+        Ok(())
+    }
+
+    fn detach(&self) -> Result<(), MachineError> {
+        assert!(self.is_paused());
+        assert!(lock(&self.interposer).take().is_some());
+        Ok(())
+    }
+
+    fn release(&self, outputs: Vec<Output>) {
+        lock(&self.wire).extend(outputs);
+    }
+
+    fn throttle(&self, run_percent: u8) {
+        lock(&self.throttled).push(run_percent);
+    }
+
+    fn stop(&self, reason: &str) {
+        self.hold();
+        lock(&self.gate).stopped = Some(reason.to_string());
+        self.moved.notify_all();
+    }
+}
+
+/// Builds shadows; keeps the VMs that takeovers made.
+pub struct FakeHost {
+    /// What its shadows are; `None`: what is offered.
+    pub identity: Mutex<Option<Identity>>,
+    /// Its disk's content before.
+    pub old_disk: Mutex<u8>,
+    pub live: Mutex<Vec<Arc<FakeVm>>>,
+    pub discarded: Mutex<u32>,
+    pub fail_activation: Mutex<bool>,
+    pub fail_apply: Arc<Mutex<bool>>,
+    pub slow_apply: Arc<Mutex<Duration>>,
+}
+
+impl FakeHost {
+    pub fn new() -> Arc<Self> {
+        Arc::new(Self {
+            identity: Mutex::default(),
+            old_disk: Mutex::new(0xdd),
+            live: Mutex::default(),
+            discarded: Mutex::default(),
+            fail_activation: Mutex::default(),
+            fail_apply: Arc::default(),
+            slow_apply: Arc::default(),
+        })
+    }
+
+    pub fn live(&self) -> Option<Arc<FakeVm>> {
+        lock(&self.live).last().cloned()
+    }
+}
+
+/// For tests that own the host in an `Arc`.
+pub struct HostRef(pub Arc<FakeHost>);
+
+impl ShadowHost for HostRef {
+    fn create_shadow(&self, offered: &Identity) -> Result<Box<dyn Shadow>, Refusal> {
+        let identity = lock(&self.0.identity).clone().unwrap_or_else(|| offered.clone());
+        let vm = FakeVm::new(identity);
+        lock(&vm.contents).disks[0].fill(*lock(&self.0.old_disk));
+        Ok(Box::new(FakeShadow { vm, host: self.0.clone() }))
+    }
+}
+
+struct FakeShadow {
+    vm: Arc<FakeVm>,
+    host: Arc<FakeHost>,
+}
+
+impl Shadow for FakeShadow {
+    fn identity(&self) -> Identity {
+        self.vm.identity.clone()
+    }
+
+    fn write_memory(&mut self, gpa: u64, data: &[u8]) -> Result<(), MachineError> {
+        assert!(data.len() % PAGE == 0 && gpa % PAGE as u64 == 0);
+        let at = self.vm.offset(gpa, data.len())?;
+        lock(&self.vm.contents).ram[at..at + data.len()].copy_from_slice(data);
+        Ok(())
+    }
+
+    fn read_memory(&self, gpa: u64, buf: &mut [u8]) -> Result<(), MachineError> {
+        self.vm.read_memory(gpa, buf)
+    }
+
+    fn apply_disk(&mut self, disk: u16, change: &DiskChange) -> Result<(), MachineError> {
+        std::thread::sleep(*lock(&self.host.slow_apply));
+        if *lock(&self.host.fail_apply) {
+            return Err(MachineError("the backup's disk is full".into()));
+        }
+        let mut contents = lock(&self.vm.contents);
+        let bytes = &mut contents.disks[usize::from(disk)];
+        match change {
+            DiskChange::Write { offset, data } => bytes[*offset as usize..][..data.len()].copy_from_slice(data),
+            DiskChange::Zero { offset, len, .. } => bytes[*offset as usize..][..*len as usize].fill(0),
+            DiskChange::Flush => {}
+        }
+        Ok(())
+    }
+
+    fn activate(self: Box<Self>, takeover: Takeover) -> Result<Arc<dyn Protected>, MachineError> {
+        if *lock(&self.host.fail_activation) {
+            return Err(MachineError("no more vCPUs on this host".into()));
+        }
+        lock(&self.vm.contents).counter = u64::from_le_bytes(takeover.state[..].try_into().unwrap());
+        *lock(&self.vm.wire) = takeover.outputs;
+        *lock(&self.vm.replayed) = takeover.inputs;
+        assert!(takeover.elapsed < Duration::from_secs(60));
+        lock(&self.host.live).push(self.vm.clone());
+        Ok(self.vm)
+    }
+
+    fn discard(self: Box<Self>) {
+        *lock(&self.host.discarded) += 1;
+    }
+}
