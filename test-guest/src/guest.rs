@@ -144,7 +144,8 @@ fn options(info: &BootInfo) -> Options {
 pub fn run() -> ! {
     let info = memory::init();
     let options = options(&info);
-    let clock: &'static Clock = Box::leak(Box::new(Clock::new()));
+    let kvm_clock = KvmClock::new();
+    let clock: &'static Clock = Box::leak(Box::new(Clock::new(kvm_clock.as_ref())));
     log!("{} MiB, TSC {} kHz by {}", info.ram >> 20, clock.khz(), clock.source);
     let platform = acpi::read(&Physical, info.rsdp);
     apic::init(clock);
@@ -205,7 +206,7 @@ pub fn run() -> ! {
     };
     let context = Context {
         clock,
-        kvm_clock: KvmClock::new(),
+        kvm_clock,
         store,
         rng: devices.rng,
         platform,

@@ -25,15 +25,49 @@ const SOURCE: u16 = 9001;
 const STORE: u16 = 9002;
 const CONTROL: u16 = 9003;
 
-/// (port, connections, receive buffer, send buffer)
-const POOLS: [(u16, usize, usize, usize); 5] = [
-    (ECHO, 12, 128 << 10, 128 << 10),
-    (SINK, 9, 512 << 10, 16 << 10),
-    (SOURCE, 9, 16 << 10, 512 << 10),
-    (STORE, 17, 64 << 10, 64 << 10),
-    (CONTROL, 9, 8 << 10, 8 << 10),
+/// The places for connections to a port. Some always listen, as long as `most` allows.
+struct Pool {
+    port: u16,
+    /// Places at the start, and at most.
+    first: usize,
+    most: usize,
+    /// Bytes of the buffers.
+    receive: usize,
+    send: usize,
+}
+
+const POOLS: [Pool; 5] = [
+    pool(ECHO, 128 << 10, 128 << 10),
+    pool(SINK, 512 << 10, 16 << 10),
+    pool(SOURCE, 16 << 10, 512 << 10),
+    pool(STORE, 64 << 10, 64 << 10),
+    pool(CONTROL, 8 << 10, 8 << 10),
 ];
 
+const fn pool(port: u16, receive: usize, send: usize) -> Pool {
+    Pool {
+        port,
+        first: 8,
+        most: 32,
+        receive,
+        send,
+    }
+}
+
+impl Pool {
+    fn place(&self, sockets: &mut SocketSet<'_>) -> Connection {
+        let buffer = |len| tcp::SocketBuffer::new(vec![0; len]);
+        let mut socket = tcp::Socket::new(buffer(self.receive), buffer(self.send));
+        socket.set_nagle_enabled(false);
+        socket.set_ack_delay(None);
+        socket.set_timeout(Some(TIMEOUT));
+        socket.set_keep_alive(Some(KEEP_ALIVE));
+        Connection::new(self.port, sockets.add(socket))
+    }
+}
+
+/// Places of each pool that should listen.
+const SPARE: usize = 4;
 /// A peer that does not answer for this long is given up.
 const TIMEOUT: Duration = Duration::from_secs(120);
 const KEEP_ALIVE: Duration = Duration::from_secs(30);
@@ -87,16 +121,8 @@ impl Services {
     /// Listens on all ports.
     pub fn new(sockets: &mut SocketSet<'_>) -> Self {
         let mut connections = Vec::new();
-        for (port, count, receive, send) in POOLS {
-            for _ in 0..count {
-                let buffer = |len| tcp::SocketBuffer::new(vec![0; len]);
-                let mut socket = tcp::Socket::new(buffer(receive), buffer(send));
-                socket.set_nagle_enabled(false);
-                socket.set_ack_delay(None);
-                socket.set_timeout(Some(TIMEOUT));
-                socket.set_keep_alive(Some(KEEP_ALIVE));
-                connections.push(Connection::new(port, sockets.add(socket)));
-            }
+        for pool in &POOLS {
+            connections.extend((0..pool.first).map(|_| pool.place(sockets)));
         }
         let datagrams = || udp::PacketBuffer::new(vec![udp::PacketMetadata::EMPTY; DATAGRAMS], vec![0; DATAGRAM_BYTES]);
         let mut socket = udp::Socket::new(datagrams(), datagrams());
@@ -118,6 +144,20 @@ impl Services {
             // One that does not fit is lost, as datagrams may be.
             let _ = socket.send_slice(&self.scratch[..len], from.endpoint);
             worked = true;
+        }
+        worked
+    }
+
+    /// Adds places where none listens.
+    fn grow(&mut self, sockets: &mut SocketSet<'_>) -> bool {
+        let mut worked = false;
+        for pool in &POOLS {
+            let places = self.connections.iter().filter(|c| c.port == pool.port);
+            let (all, free) = places.fold((0, 0), |(all, free), c| (all + 1, free + usize::from(c.free)));
+            if free < SPARE && all < pool.most {
+                self.connections.push(pool.place(sockets));
+                worked = true;
+            }
         }
         worked
     }
@@ -145,6 +185,7 @@ impl Services {
         for (place, connection) in self.connections.iter_mut().enumerate() {
             worked |= connection.step(place, sockets, context, &mut self.scratch);
         }
+        worked |= self.grow(sockets);
         // PUTs that have just come go to the disk at once.
         if let Ok(store) = &mut context.store {
             store.step();

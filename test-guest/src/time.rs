@@ -115,8 +115,9 @@ pub fn rtc() -> DateTime {
 
 impl Clock {
     /// Finds out the counter's frequency.
-    pub fn new() -> Self {
-        let found = khz_by_cpuid().or_else(khz_by_pit).or_else(khz_by_rtc);
+    pub fn new(kvm: Option<&KvmClock>) -> Self {
+        let by_kvm = || kvm.and_then(KvmClock::tsc_khz).map(|khz| (khz, "kvmclock"));
+        let found = khz_by_cpuid().or_else(by_kvm).or_else(khz_by_pit).or_else(khz_by_rtc);
         let (khz, source) = found.unwrap_or((1_000_000, "a guess"));
         Self {
             khz: khz.max(1),
@@ -185,10 +186,10 @@ impl KvmClock {
         Some(Self(()))
     }
 
-    /// Nanoseconds by kvmclock; none while KVM does not fill the page.
-    pub fn nanos(&self) -> Option<u64> {
+    /// A whole copy of the page; none while KVM does not fill it.
+    fn page(&self) -> Option<Page> {
+        let page = &raw const PAGE;
         for _ in 0..1000 {
-            let page = &raw const PAGE;
             // SAFETY: a static that KVM writes to; the version tells whether the copy is whole.
             let (before, copy, after) = unsafe {
                 let before = (&raw const (*page).version).read_volatile();
@@ -197,19 +198,37 @@ impl KvmClock {
                 fence(Ordering::Acquire);
                 (before, copy, (&raw const (*page).version).read_volatile())
             };
-            if before == 0 || before & 1 != 0 || before != after {
-                continue;
+            if before != 0 && before & 1 == 0 && before == after {
+                return Some(copy);
             }
-            let delta = cpu::tsc().saturating_sub(copy.tsc_timestamp);
-            let scaled = if copy.shift >= 0 {
-                u128::from(delta) << copy.shift
-            } else {
-                u128::from(delta) >> -copy.shift
-            };
-            let nanos = (scaled * u128::from(copy.multiplier) >> 32) as u64;
-            return Some(copy.system_time.wrapping_add(nanos));
         }
         None
+    }
+
+    /// The frequency of the time stamp counter that the page's scale means.
+    fn tsc_khz(&self) -> Option<u64> {
+        let page = self
+            .page()
+            .filter(|p| p.multiplier != 0 && p.shift.unsigned_abs() < 32)?;
+        let khz = (1_000_000 << 32) / u64::from(page.multiplier);
+        Some(if page.shift >= 0 {
+            khz >> page.shift
+        } else {
+            khz << -page.shift
+        })
+    }
+
+    /// Nanoseconds by kvmclock.
+    pub fn nanos(&self) -> Option<u64> {
+        let page = self.page().filter(|p| p.shift.unsigned_abs() < 32)?;
+        let delta = u128::from(cpu::tsc().saturating_sub(page.tsc_timestamp));
+        let scaled = if page.shift >= 0 {
+            delta << page.shift
+        } else {
+            delta >> -page.shift
+        };
+        let nanos = (scaled * u128::from(page.multiplier) >> 32) as u64;
+        Some(page.system_time.wrapping_add(nanos))
     }
 }
 

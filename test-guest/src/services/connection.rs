@@ -39,13 +39,15 @@ impl From<bool> for Flow {
 
 /// The place.
 pub struct Connection {
-    port: u16,
+    /// Its pool.
+    pub port: u16,
     handle: SocketHandle,
     service: Service,
     generation: u64,
     /// When we closed it.
     closed_at: Option<u64>,
-    fresh: bool,
+    /// It listens.
+    pub free: bool,
 }
 
 fn service(port: u16) -> Service {
@@ -67,7 +69,7 @@ impl Connection {
             service: service(port),
             generation: 0,
             closed_at: None,
-            fresh: true,
+            free: true,
         }
     }
 
@@ -99,18 +101,18 @@ impl Connection {
         match socket.state() {
             // A connection in TIME-WAIT has nothing left to say: the place is wanted for the next one.
             State::Closed | State::TimeWait => {
-                if !self.fresh {
+                if !self.free {
                     self.service = service(self.port);
                     self.generation += 1;
                     self.closed_at = None;
-                    self.fresh = true;
+                    self.free = true;
                 }
                 // The port is not 0 and the socket is not open, so that this does not fail.
                 let _ = socket.listen(self.port);
                 return true;
             }
             State::Listen | State::SynSent | State::SynReceived => return false,
-            _ => self.fresh = false,
+            _ => self.free = false,
         }
         if let Some(since) = self.closed_at {
             if context.clock.micros() > since + LINGER {
