@@ -28,7 +28,7 @@ pub struct Args {
     #[arg(long, value_name = "PATH")]
     pub api_socket: Option<String>,
 
-    /// vCPUs: boot=N[,max=N][,topology=THREADS:CORES:DIES:PACKAGES][,max_phys_bits=N] [default: boot=1]
+    /// vCPUs: boot=N[,max=N][,topology=THREADS:CORES:DIES:PACKAGES] [default: boot=1]
     #[arg(long, value_name = "SPEC")]
     pub cpus: Option<String>,
 
@@ -173,12 +173,12 @@ impl Args {
 
     /// What the options ask for. Nothing of the host is touched.
     pub fn start(&self) -> Result<Start> {
-        let mut modes = vec![
+        let modes = [
             ("--kernel", self.kernel.is_some()),
             ("--restore", self.restore.is_some()),
+            #[cfg(feature = "ft")]
+            ("--ft-receive", self.ft_receive.is_some()),
         ];
-        #[cfg(feature = "ft")]
-        modes.push(("--ft-receive", self.ft_receive.is_some()));
         let given: Vec<&str> = modes
             .iter()
             .filter(|(_, given)| *given)

@@ -153,6 +153,11 @@ impl GuestRam {
                 // transparent huge pages answers EINVAL, which costs speed and nothing else.
                 unsafe { libc::madvise(region.as_ptr().cast(), region.size(), libc::MADV_HUGEPAGE) };
             }
+            if config.mergeable {
+                // SAFETY: as above; MADV_MERGEABLE changes no content. A kernel without KSM answers EINVAL, and merges
+                // nothing.
+                unsafe { libc::madvise(region.as_ptr().cast(), region.size(), libc::MADV_MERGEABLE) };
+            }
             let region = GuestRegionMmap::new(region, GuestAddress(gpa))
                 .ok_or_else(|| Error::Layout(format!("region at {gpa:#x} of {len:#x} bytes")))?;
             regions.push(region);

@@ -18,10 +18,10 @@ pub struct CpusConfig {
     /// Not offered.
     #[serde(default)]
     pub kvm_hyperv: bool,
-    /// Upper bound of physical address bits; the host's own number when that is lower.
+    /// Only Cloud Hypervisor's default is offered: the guest has the host's number.
     #[serde(default = "default_phys_bits")]
     pub max_phys_bits: u8,
-    /// Whether the guest may see the host's virtualization extensions, where the host offers them.
+    /// The guest sees the host's virtualization extensions, where the host offers them; `false` is not offered.
     #[serde(default = "yes")]
     pub nested: bool,
     /// Not offered.
@@ -35,8 +35,11 @@ pub struct CpusConfig {
     pub core_scheduling: CoreSchedulingMode,
 }
 
+/// What Cloud Hypervisor prints unless told otherwise.
+pub(super) const DEFAULT_PHYS_BITS: u8 = 46;
+
 fn default_phys_bits() -> u8 {
-    46
+    DEFAULT_PHYS_BITS
 }
 
 impl Default for CpusConfig {

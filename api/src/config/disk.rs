@@ -49,7 +49,7 @@ pub struct DiskConfig {
     pub image_type: Option<ImageType>,
     /// How the image file is locked; `Full` is not offered.
     pub lock_granularity: LockGranularity,
-    /// Not offered; printed by some versions of Cloud Hypervisor.
+    /// Uses threads instead of io_uring; printed by some versions of Cloud Hypervisor.
     #[serde(skip_serializing_if = "super::is_false")]
     pub disable_io_uring: bool,
     /// Not offered; printed by some versions of Cloud Hypervisor.

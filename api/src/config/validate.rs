@@ -12,9 +12,9 @@ use super::{
 
 /// Parts of `VmConfig` that this VMM offers.
 const SUPPORTED: &str = "cpus, memory, payload (kernel, cmdline, initramfs), disks, net, rng, serial, console";
-const SUPPORTED_CPUS: &str = "boot_vcpus, max_vcpus, topology (1 thread per core, 1 die per package), max_phys_bits";
+const SUPPORTED_CPUS: &str = "boot_vcpus, max_vcpus, topology (1 thread per core, 1 die per package, 1 package)";
 const SUPPORTED_MEMORY: &str = "size, mergeable, shared, hugepages, hugepage_size, prefault, thp";
-const SUPPORTED_DISK: &str = "path, readonly, direct, queue_size, id, serial, image_type (Raw)";
+const SUPPORTED_DISK: &str = "path, readonly, direct, queue_size, id, serial, image_type (Raw), disable_io_uring";
 const SUPPORTED_NET: &str = "tap, ip, mask, mac, host_mac, mtu, queue_size, id, offload_tso, offload_ufo, offload_csum";
 const SUPPORTED_CONSOLE: &str = "mode (Off, Null, Tty, File), file";
 /// Most vCPUs of a VM: ids of the xAPIC.
@@ -180,11 +180,8 @@ impl VmConfig {
             "max_vcpus",
             "must not be less than boot_vcpus",
         );
-        c.require(
-            (36..=52).contains(&cpus.max_phys_bits),
-            "max_phys_bits",
-            "must be 36 to 52 (Cloud Hypervisor's default is 46)",
-        );
+        c.offered(cpus.max_phys_bits == super::cpus::DEFAULT_PHYS_BITS, "max_phys_bits");
+        c.offered(cpus.nested, "nested");
         if let Some(t) = &cpus.topology {
             let parts = [t.threads_per_core, t.cores_per_die, t.dies_per_package, t.packages];
             let product: u64 = parts.into_iter().map(u64::from).product();
@@ -349,7 +346,6 @@ fn check_disk(disk: &DiskConfig, c: &mut Check<'_>) {
         ("iommu", disk.iommu),
         ("vhost_user", disk.vhost_user),
         ("backing_files", disk.backing_files),
-        ("disable_io_uring", disk.disable_io_uring),
         ("disable_aio", disk.disable_aio),
     ]);
 }

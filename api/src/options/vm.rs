@@ -8,14 +8,12 @@ use crate::config::{ConsoleConfig, ConsoleMode, CpusConfig, DiskConfig, MemoryCo
 impl CpusConfig {
     /// `--cpus boot=2,max=2`
     pub fn parse(text: &str) -> Result<Self, OptionError> {
-        const KEYS: &[&str] = &["boot", "max", "topology", "max_phys_bits", "nested", "core_scheduling"];
+        const KEYS: &[&str] = &["boot", "max", "topology", "core_scheduling"];
         let mut options = Options::parse("--cpus", KEYS, text)?;
         let mut cpus = Self::default();
         options.set("boot", &mut cpus.boot_vcpus)?;
         cpus.max_vcpus = options.take("max")?.unwrap_or(cpus.boot_vcpus);
         options.set_some("topology", &mut cpus.topology)?;
-        options.set("max_phys_bits", &mut cpus.max_phys_bits)?;
-        options.set("nested", &mut cpus.nested)?;
         options.set("core_scheduling", &mut cpus.core_scheduling)?;
         Ok(cpus)
     }
