@@ -326,14 +326,23 @@ impl FtLimits {
     /// Checks every range.
     pub fn validate(&self) -> Result<(), LimitError> {
         let range = |name, value: u32, min: u32, max: u32| {
-            if (min..=max).contains(&value) { Ok(()) } else { Err(LimitError { name, value, min, max }) }
+            if (min..=max).contains(&value) {
+                Ok(())
+            } else {
+                Err(LimitError { name, value, min, max })
+            }
         };
         range("max_epoch_ms", self.max_epoch_ms, 1, 10_000)?;
         range("min_epoch_us", self.min_epoch_us, 0, 1_000_000)?;
         range("max_epoch_mib", self.max_epoch_mib, 1, 65_536)?;
         range("max_lag_mib", self.max_lag_mib, 1, 65_536)?;
         range("heartbeat_ms", self.heartbeat_ms, 5, 10_000)?;
-        range("heartbeat_timeout_ms", self.heartbeat_timeout_ms, 3 * self.heartbeat_ms, 120_000)?;
+        range(
+            "heartbeat_timeout_ms",
+            self.heartbeat_timeout_ms,
+            3 * self.heartbeat_ms,
+            120_000,
+        )?;
         Ok(())
     }
 }
@@ -346,13 +355,23 @@ mod tests {
     fn a_patch_changes_only_what_it_names() {
         let patch: FtLimitsPatch = serde_json::from_str(r#"{"max_epoch_ms": 7}"#).unwrap();
         let limits = patch.apply(&FtLimits::default());
-        assert_eq!(limits, FtLimits { max_epoch_ms: 7, ..FtLimits::default() });
+        assert_eq!(
+            limits,
+            FtLimits {
+                max_epoch_ms: 7,
+                ..FtLimits::default()
+            }
+        );
         assert!(serde_json::from_str::<FtLimitsPatch>(r#"{"max_epoch": 7}"#).is_err());
     }
 
     #[test]
     fn limits_out_of_range_are_named() {
-        let limits = FtLimits { heartbeat_ms: 100, heartbeat_timeout_ms: 299, ..FtLimits::default() };
+        let limits = FtLimits {
+            heartbeat_ms: 100,
+            heartbeat_timeout_ms: 299,
+            ..FtLimits::default()
+        };
         let error = limits.validate().unwrap_err();
         assert_eq!((error.name, error.min), ("heartbeat_timeout_ms", 300));
         assert_eq!(FtLimits::default().validate(), Ok(()));

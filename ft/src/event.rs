@@ -80,5 +80,8 @@ pub(crate) fn announce(sink: &EventSink, role: FtRole, status: &Status) {
     if !reason.is_empty() {
         properties.push(("reason".to_string(), reason.to_string()));
     }
-    sink(FtEvent { event: state, properties });
+    sink(FtEvent {
+        event: state,
+        properties,
+    });
 }

@@ -92,7 +92,10 @@ impl Interposer {
     pub fn new(epoch: u64, bound: u64, sink: Arc<dyn LogSink>, waker: Waker) -> Arc<Self> {
         let inner = Inner {
             mode: Mode::Hold,
-            running: Held { epoch, ..Held::default() },
+            running: Held {
+                epoch,
+                ..Held::default()
+            },
             logged: 0,
             sealed: VecDeque::new(),
             sealed_bytes: 0,
@@ -100,7 +103,12 @@ impl Interposer {
             bound: bound.max(1),
             cutting: false,
         };
-        Arc::new(Self { inner: Mutex::new(inner), room: Condvar::new(), sink, waker })
+        Arc::new(Self {
+            inner: Mutex::new(inner),
+            room: Condvar::new(),
+            sink,
+            waker,
+        })
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -151,7 +159,13 @@ impl Interposer {
     /// Holds console bytes.
     pub fn hold_console(&self, console: u16, bytes: &[u8]) {
         if !bytes.is_empty() {
-            self.hold(Output::Console { console, data: bytes.to_vec() }, bytes.len());
+            self.hold(
+                Output::Console {
+                    console,
+                    data: bytes.to_vec(),
+                },
+                bytes.len(),
+            );
         }
     }
 
@@ -181,10 +195,18 @@ impl Interposer {
     /// Ends the running epoch. The VM must stand still.
     pub fn cut(&self) -> CutSizes {
         let mut inner = self.lock();
-        let next = Held { epoch: inner.running.epoch + 1, ..Held::default() };
+        let next = Held {
+            epoch: inner.running.epoch + 1,
+            ..Held::default()
+        };
         let ended = std::mem::replace(&mut inner.running, next);
         let logged = std::mem::take(&mut inner.logged);
-        let sizes = CutSizes { epoch: ended.epoch, held: ended.bytes, logged, outputs: ended.outputs.len() as u64 };
+        let sizes = CutSizes {
+            epoch: ended.epoch,
+            held: ended.bytes,
+            logged,
+            outputs: ended.outputs.len() as u64,
+        };
         inner.sealed_bytes += ended.bytes;
         inner.sealed_logged.push_back((ended.epoch, logged));
         inner.sealed.push_back(ended);
@@ -200,7 +222,9 @@ impl Interposer {
     /// together have at most `frame_cap` bytes.
     pub fn sealed_outputs(&self, epoch: u64, frame_cap: usize) -> Vec<Output> {
         let inner = self.lock();
-        let Some(held) = inner.sealed.iter().find(|h| h.epoch == epoch) else { return Vec::new() };
+        let Some(held) = inner.sealed.iter().find(|h| h.epoch == epoch) else {
+            return Vec::new();
+        };
         let mut frame_bytes = 0;
         let fits = |output: &&Output| match output {
             Output::Console { .. } => true,
@@ -296,7 +320,9 @@ mod tests {
         }
 
         fn disk_change(&self, epoch: u64, _disk: u16, change: DiskChange) -> u64 {
-            let DiskChange::Write { data, .. } = change else { return 0 };
+            let DiskChange::Write { data, .. } = change else {
+                return 0;
+            };
             self.0.lock().unwrap().push((epoch, data.len()));
             data.len() as u64
         }
@@ -320,7 +346,15 @@ mod tests {
         let (interposer, _, wakes) = interposer(1 << 20);
         interposer.hold_frame(0, vec![1]);
         interposer.hold_frame(0, vec![2]);
-        assert_eq!(interposer.cut(), CutSizes { epoch: 1, held: 2 + 2 * OVERHEAD, logged: 0, outputs: 2 });
+        assert_eq!(
+            interposer.cut(),
+            CutSizes {
+                epoch: 1,
+                held: 2 + 2 * OVERHEAD,
+                logged: 0,
+                outputs: 2
+            }
+        );
         interposer.hold_frame(0, vec![3]);
         interposer.cut();
         interposer.hold_frame(0, vec![4]);
@@ -340,7 +374,13 @@ mod tests {
         let (interposer, log, _) = interposer(1 << 20);
         interposer.log_frame(0, &[0; 3]);
         interposer.cut();
-        interposer.log_disk(0, DiskChange::Write { offset: 0, data: vec![0; 5] });
+        interposer.log_disk(
+            0,
+            DiskChange::Write {
+                offset: 0,
+                data: vec![0; 5],
+            },
+        );
         assert_eq!(*log.0.lock().unwrap(), [(1, 3), (2, 5)]);
         assert_eq!(interposer.running_bytes(), 5);
     }
@@ -356,7 +396,13 @@ mod tests {
         interposer.cut();
         let copied = interposer.sealed_outputs(1, 15);
         assert_eq!(copied.len(), 3);
-        assert_eq!(copied[1], Output::Console { console: 0, data: b"ab".to_vec() });
+        assert_eq!(
+            copied[1],
+            Output::Console {
+                console: 0,
+                data: b"ab".to_vec()
+            }
+        );
         assert_eq!(interposer.take_committed(1)[0].outputs.len(), 4);
     }
 

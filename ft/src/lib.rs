@@ -25,7 +25,6 @@ pub mod stats;
 pub mod transport;
 pub mod wire;
 
-
 pub use backup::{Backup, receive};
 pub use error::Error;
 pub use event::{EventSink, FtEvent};

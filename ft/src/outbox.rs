@@ -103,7 +103,11 @@ impl Outbox {
         Ok(Self {
             queue: Mutex::default(),
             changed: Condvar::new(),
-            writer: Mutex::new(Writer { stream: stream.try_clone()?, seq: 0, headers: Vec::new() }),
+            writer: Mutex::new(Writer {
+                stream: stream.try_clone()?,
+                seq: 0,
+                headers: Vec::new(),
+            }),
             stream: stream.try_clone()?,
             clock,
             stamp,
@@ -238,11 +242,19 @@ impl Outbox {
         self.changed.notify_all();
         while !queue.drained && Instant::now() < end && !self.closed.load(Ordering::Acquire) {
             let left = end.saturating_duration_since(Instant::now());
-            queue = self.changed.wait_timeout(queue, left).unwrap_or_else(PoisonError::into_inner).0;
+            queue = self
+                .changed
+                .wait_timeout(queue, left)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
         }
         let drained = queue.drained;
         drop(queue);
-        if drained { self.stream.shutdown_write() } else { self.close() }
+        if drained {
+            self.stream.shutdown_write()
+        } else {
+            self.close()
+        }
     }
 
     /// Ends the connection at once; blocked writers return.

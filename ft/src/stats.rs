@@ -40,7 +40,11 @@ impl Stat {
         let mut sorted = self.recent.clone();
         let index = (sorted.len() * 99).div_ceil(100).max(1) - 1;
         let (_, p99, _) = sorted.select_nth_unstable_by(index, f32::total_cmp);
-        FtStat { last: self.last, mean: self.sum / self.count as f64, p99: f64::from(*p99) }
+        FtStat {
+            last: self.last,
+            mean: self.sum / self.count as f64,
+            p99: f64::from(*p99),
+        }
     }
 }
 
@@ -53,7 +57,14 @@ mod tests {
         let mut stat = Stat::default();
         assert_eq!(stat.report(), FtStat::default());
         (1..=100).for_each(|n| stat.add(f64::from(n)));
-        assert_eq!(stat.report(), FtStat { last: 100.0, mean: 50.5, p99: 99.0 });
+        assert_eq!(
+            stat.report(),
+            FtStat {
+                last: 100.0,
+                mean: 50.5,
+                p99: 99.0
+            }
+        );
         (0..2 * WINDOW).for_each(|_| stat.add(7.0));
         assert_eq!(stat.report().p99, 7.0);
         assert_eq!(stat.count(), 100 + 2 * WINDOW as u64);

@@ -19,7 +19,9 @@ pub enum TransportError {
     #[error("`{0}` is not an address of the log channel: use tcp:HOST:PORT or unix:PATH")]
     BadAddress(String),
     /// Plain TCP to another host.
-    #[error("{0} is not loopback and plain TCP would show the guest's memory to the network: add `insecure` on a trusted network")]
+    #[error(
+        "{0} is not loopback and plain TCP would show the guest's memory to the network: add `insecure` on a trusted network"
+    )]
     Insecure(String),
     /// The name has no address.
     #[error("cannot find the host of {address}: {source}")]
@@ -79,7 +81,11 @@ impl Address {
     pub fn parse(text: &str) -> Result<Self, TransportError> {
         let bad = || TransportError::BadAddress(text.to_string());
         if let Some(path) = text.strip_prefix("unix:") {
-            return if path.is_empty() { Err(bad()) } else { Ok(Self::Unix(path.into())) };
+            return if path.is_empty() {
+                Err(bad())
+            } else {
+                Ok(Self::Unix(path.into()))
+            };
         }
         let tcp = text.strip_prefix("tcp:").ok_or_else(bad)?;
         let (host, port) = tcp.rsplit_once(':').ok_or_else(bad)?;
@@ -93,7 +99,10 @@ impl Address {
         let address = format!("tcp:{tcp}");
         let found: Vec<SocketAddr> = tcp
             .to_socket_addrs()
-            .map_err(|source| TransportError::Resolve { address: address.clone(), source })?
+            .map_err(|source| TransportError::Resolve {
+                address: address.clone(),
+                source,
+            })?
             .collect();
         if !insecure && found.iter().any(|a| !a.ip().is_loopback()) {
             return Err(TransportError::Insecure(address));
@@ -103,7 +112,10 @@ impl Address {
 
     /// Connects; gives up after `timeout`.
     pub fn connect(&self, insecure: bool, timeout: Duration) -> Result<Stream, TransportError> {
-        let failed = |source| TransportError::Connect { address: self.to_string(), source };
+        let failed = |source| TransportError::Connect {
+            address: self.to_string(),
+            source,
+        };
         match self {
             Self::Unix(path) => Ok(Stream::Unix(UnixStream::connect(path).map_err(failed)?)),
             Self::Tcp(tcp) => {
@@ -124,7 +136,10 @@ impl Address {
 
     /// Listens.
     pub fn listen(&self, insecure: bool) -> Result<Listener, TransportError> {
-        let failed = |source| TransportError::Listen { address: self.to_string(), source };
+        let failed = |source| TransportError::Listen {
+            address: self.to_string(),
+            source,
+        };
         match self {
             Self::Unix(path) => {
                 remove_dead_socket(path);
@@ -305,13 +320,19 @@ mod tests {
         assert_eq!(Address::parse("unix:/a").unwrap(), Address::Unix("/a".into()));
         for bad in ["", "h:1", "tcp:", "tcp:h", "tcp::1", "tcp:h:70000", "unix:", "udp:h:1"] {
             let error = Address::parse(bad).unwrap_err();
-            assert!(error.is_request_error() && error.to_string().contains(&format!("`{bad}`")), "{bad}");
+            assert!(
+                error.is_request_error() && error.to_string().contains(&format!("`{bad}`")),
+                "{bad}"
+            );
         }
     }
 
     #[test]
     fn plain_tcp_beyond_loopback_needs_insecure() {
-        let error = Address::parse("tcp:192.0.2.1:1").unwrap().connect(false, Duration::from_millis(1)).unwrap_err();
+        let error = Address::parse("tcp:192.0.2.1:1")
+            .unwrap()
+            .connect(false, Duration::from_millis(1))
+            .unwrap_err();
         assert!(matches!(error, TransportError::Insecure(_)), "{error}");
         let error = Address::parse("tcp:0.0.0.0:0").unwrap().listen(false).unwrap_err();
         assert!(matches!(error, TransportError::Insecure(_)), "{error}");

@@ -35,7 +35,10 @@ fn content(vm_id: &str, generation: u64, node: &str) -> String {
 impl FileArbiter {
     /// The directory must exist.
     pub fn open(dir: &Path) -> Result<Self, ArbiterError> {
-        let store = |source| ArbiterError::Store { what: format!("directory {}", dir.display()), source };
+        let store = |source| ArbiterError::Store {
+            what: format!("directory {}", dir.display()),
+            source,
+        };
         if !fs::metadata(dir).map_err(store)?.is_dir() {
             return Err(store(io::ErrorKind::NotADirectory.into()));
         }
@@ -47,7 +50,9 @@ impl FileArbiter {
     }
 
     fn mark_path(&self, vm_id: &str, token: &str) -> Result<PathBuf, ArbiterError> {
-        Ok(self.dir.join(format!("{}.mark-{}", check_name(vm_id)?, check_name(token)?)))
+        Ok(self
+            .dir
+            .join(format!("{}.mark-{}", check_name(vm_id)?, check_name(token)?)))
     }
 
     /// Who won `generation`; `None`: nobody yet.
@@ -67,7 +72,8 @@ impl FileArbiter {
         }
         let node = text.lines().find_map(|line| line.strip_prefix("winner ")).unwrap_or("");
         if check_name(node).is_err() || text != content(vm_id, generation, node) {
-            let reason = "is not a register file of ours; nobody can be told the winner until it is repaired".to_string();
+            let reason =
+                "is not a register file of ours; nobody can be told the winner until it is repaired".to_string();
             return Err(ArbiterError::Corrupt { place: what(), reason });
         }
         Ok(Some(node.to_string()))
@@ -80,7 +86,11 @@ impl FileArbiter {
     /// Writes the content under a name of `node`'s own, links it to `path`. `AlreadyExists`: somebody was first.
     fn link(&self, path: &Path, vm_id: &str, generation: u64, node: &str) -> io::Result<()> {
         let temporary = self.dir.join(format!(".{vm_id}.{generation}.{node}"));
-        let mut file = OpenOptions::new().write(true).create(true).truncate(true).open(&temporary)?;
+        let mut file = OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .open(&temporary)?;
         file.write_all(content(vm_id, generation, node).as_bytes())?;
         file.sync_all()?;
         let linked = fs::hard_link(&temporary, path);
@@ -94,12 +104,20 @@ impl Arbiter for FileArbiter {
     fn test_and_set(&self, vm_id: &str, expected: u64, node: &str) -> Result<Verdict, ArbiterError> {
         check_name(vm_id)?;
         check_name(node)?;
-        let store = |source| ArbiterError::Store { what: format!("directory {}", self.dir.display()), source };
+        let store = |source| ArbiterError::Store {
+            what: format!("directory {}", self.dir.display()),
+            source,
+        };
         let corrupt = |reason: &str| {
             let place = format!("register of {vm_id} in {}", self.dir.display());
-            ArbiterError::Corrupt { place, reason: reason.to_string() }
+            ArbiterError::Corrupt {
+                place,
+                reason: reason.to_string(),
+            }
         };
-        let next = expected.checked_add(1).ok_or_else(|| corrupt("the generation is at its end"))?;
+        let next = expected
+            .checked_add(1)
+            .ok_or_else(|| corrupt("the generation is at its end"))?;
         if self.winner(vm_id, next)?.is_none() {
             if self.read(vm_id)?.generation > expected {
                 return Err(corrupt("a generation is missing below the newest one"));
@@ -123,26 +141,44 @@ impl Arbiter for FileArbiter {
 
     fn read(&self, vm_id: &str) -> Result<Register, ArbiterError> {
         let prefix = format!("{}.gen-", check_name(vm_id)?);
-        let store = |source| ArbiterError::Store { what: format!("directory {}", self.dir.display()), source };
+        let store = |source| ArbiterError::Store {
+            what: format!("directory {}", self.dir.display()),
+            source,
+        };
         let mut generation = 0;
         for entry in fs::read_dir(&self.dir).map_err(store)? {
             let name = entry.map_err(store)?.file_name();
-            let number = name.to_str().and_then(|n| n.strip_prefix(&prefix)).and_then(|n| n.parse().ok());
+            let number = name
+                .to_str()
+                .and_then(|n| n.strip_prefix(&prefix))
+                .and_then(|n| n.parse().ok());
             generation = generation.max(number.unwrap_or(0));
         }
-        let winner = if generation == 0 { None } else { self.winner(vm_id, generation)? };
+        let winner = if generation == 0 {
+            None
+        } else {
+            self.winner(vm_id, generation)?
+        };
         Ok(Register { generation, winner })
     }
 
     fn mark(&self, vm_id: &str, token: &str) -> Result<(), ArbiterError> {
         let path = self.mark_path(vm_id, token)?;
-        let made = File::create(&path).and_then(|file| file.sync_all()).and_then(|()| self.sync_dir());
-        made.map_err(|source| ArbiterError::Store { what: format!("file {}", path.display()), source })
+        let made = File::create(&path)
+            .and_then(|file| file.sync_all())
+            .and_then(|()| self.sync_dir());
+        made.map_err(|source| ArbiterError::Store {
+            what: format!("file {}", path.display()),
+            source,
+        })
     }
 
     fn sees(&self, vm_id: &str, token: &str) -> Result<bool, ArbiterError> {
         let path = self.mark_path(vm_id, token)?;
-        path.try_exists().map_err(|source| ArbiterError::Store { what: format!("file {}", path.display()), source })
+        path.try_exists().map_err(|source| ArbiterError::Store {
+            what: format!("file {}", path.display()),
+            source,
+        })
     }
 
     fn unmark(&self, vm_id: &str, token: &str) {
@@ -167,13 +203,31 @@ mod tests {
     #[test]
     fn one_winner_per_generation_and_it_may_ask_again() {
         let (_dir, arbiter) = arbiter();
-        assert_eq!(arbiter.read("vm").unwrap(), Register { generation: 0, winner: None });
+        assert_eq!(
+            arbiter.read("vm").unwrap(),
+            Register {
+                generation: 0,
+                winner: None
+            }
+        );
         assert_eq!(arbiter.test_and_set("vm", 0, "a").unwrap(), Verdict::Won);
-        assert_eq!(arbiter.test_and_set("vm", 0, "b").unwrap(), Verdict::Lost { winner: "a".into() });
+        assert_eq!(
+            arbiter.test_and_set("vm", 0, "b").unwrap(),
+            Verdict::Lost { winner: "a".into() }
+        );
         assert_eq!(arbiter.test_and_set("vm", 0, "a").unwrap(), Verdict::Won);
         assert_eq!(arbiter.test_and_set("vm", 1, "b").unwrap(), Verdict::Won);
-        assert_eq!(arbiter.test_and_set("vm", 0, "c").unwrap(), Verdict::Lost { winner: "a".into() });
-        assert_eq!(arbiter.read("vm").unwrap(), Register { generation: 2, winner: Some("b".into()) });
+        assert_eq!(
+            arbiter.test_and_set("vm", 0, "c").unwrap(),
+            Verdict::Lost { winner: "a".into() }
+        );
+        assert_eq!(
+            arbiter.read("vm").unwrap(),
+            Register {
+                generation: 2,
+                winner: Some("b".into())
+            }
+        );
         assert_eq!(arbiter.read("other").unwrap().generation, 0);
     }
 
@@ -199,7 +253,11 @@ mod tests {
             assert_eq!(answers.iter().filter(|(won, _)| *won).count(), 1, "{answers:?}");
             assert!(answers.iter().all(|(_, winner)| *winner == answers[0].1), "{answers:?}");
         }
-        assert!(std::fs::read_dir(dir.path()).unwrap().all(|e| !e.unwrap().file_name().to_str().unwrap().starts_with('.')));
+        assert!(
+            std::fs::read_dir(dir.path())
+                .unwrap()
+                .all(|e| !e.unwrap().file_name().to_str().unwrap().starts_with('.'))
+        );
     }
 
     #[test]
@@ -207,24 +265,45 @@ mod tests {
         let (dir, arbiter) = arbiter();
         let file = dir.path().join("vm.gen-1");
         let good = content("vm", 1, "a");
-        for bad in ["", "winner a\n", &good[1..], &good.replace("winner a", "winner b"), &"x".repeat(100_000)] {
+        for bad in [
+            "",
+            "winner a\n",
+            &good[1..],
+            &good.replace("winner a", "winner b"),
+            &"x".repeat(100_000),
+        ] {
             std::fs::write(&file, bad).unwrap();
-            assert!(matches!(arbiter.test_and_set("vm", 0, "a"), Err(ArbiterError::Corrupt { .. })), "{bad:.20}");
+            assert!(
+                matches!(arbiter.test_and_set("vm", 0, "a"), Err(ArbiterError::Corrupt { .. })),
+                "{bad:.20}"
+            );
         }
         std::fs::write(&file, [0xff; 32]).unwrap();
-        assert!(matches!(arbiter.test_and_set("vm", 0, "a"), Err(ArbiterError::Corrupt { .. })));
+        assert!(matches!(
+            arbiter.test_and_set("vm", 0, "a"),
+            Err(ArbiterError::Corrupt { .. })
+        ));
         std::fs::write(&file, &good).unwrap();
         assert_eq!(arbiter.test_and_set("vm", 0, "a").unwrap(), Verdict::Won);
         std::fs::write(dir.path().join("vm.gen-7"), content("vm", 7, "a")).unwrap();
-        assert!(matches!(arbiter.test_and_set("vm", 1, "a"), Err(ArbiterError::Corrupt { .. })));
+        assert!(matches!(
+            arbiter.test_and_set("vm", 1, "a"),
+            Err(ArbiterError::Corrupt { .. })
+        ));
     }
 
     #[test]
     fn names_that_leave_the_directory_are_refused() {
         let (_dir, arbiter) = arbiter();
         for bad in ["", "../x", "a/b", "a b", &"x".repeat(65)] {
-            assert!(matches!(arbiter.test_and_set(bad, 0, "a"), Err(ArbiterError::BadName(_))));
-            assert!(matches!(arbiter.test_and_set("vm", 0, bad), Err(ArbiterError::BadName(_))));
+            assert!(matches!(
+                arbiter.test_and_set(bad, 0, "a"),
+                Err(ArbiterError::BadName(_))
+            ));
+            assert!(matches!(
+                arbiter.test_and_set("vm", 0, bad),
+                Err(ArbiterError::BadName(_))
+            ));
             assert!(matches!(arbiter.mark("vm", bad), Err(ArbiterError::BadName(_))));
         }
     }
@@ -237,8 +316,14 @@ mod tests {
         arbiter.unmark("vm", "t");
         assert!(!arbiter.sees("vm", "t").unwrap());
         drop(dir);
-        assert!(matches!(arbiter.test_and_set("vm", 0, "a"), Err(ArbiterError::Store { .. })));
-        assert!(matches!(super::super::open("etcd:h"), Err(ArbiterError::BadDescription(_))));
+        assert!(matches!(
+            arbiter.test_and_set("vm", 0, "a"),
+            Err(ArbiterError::Store { .. })
+        ));
+        assert!(matches!(
+            super::super::open("etcd:h"),
+            Err(ArbiterError::BadDescription(_))
+        ));
         assert!(super::super::open("file:/does/not/exist").is_err());
     }
 }

@@ -19,12 +19,17 @@ use crate::wire::reader::{FrameReader, ReadError};
 const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
 
 fn refuse(code: &str, message: impl Into<String>) -> Refusal {
-    Refusal { code: code.into(), message: message.into() }
+    Refusal {
+        code: code.into(),
+        message: message.into(),
+    }
 }
 
 /// Reads the hello of a new connection and serves it, if it is a primary that we take.
 pub(super) fn greet(shared: &Arc<Shared>, stream: Stream, peer: &str) {
-    let timeouts = stream.set_read_timeout(Some(HELLO_TIMEOUT)).and(stream.set_write_timeout(Some(HELLO_TIMEOUT)));
+    let timeouts = stream
+        .set_read_timeout(Some(HELLO_TIMEOUT))
+        .and(stream.set_write_timeout(Some(HELLO_TIMEOUT)));
     let clock = Clock::default();
     let outbox = timeouts.and_then(|()| Outbox::new(&stream, clock, Stamp::Echo(0.into())));
     let outbox = match outbox {
@@ -135,7 +140,10 @@ fn admit(shared: &Shared, hello: &Hello) -> Result<(Arc<dyn Arbiter>, Box<dyn Sh
     }
     let generation = arbiter.read(vm_id).map_err(unusable)?.generation;
     if generation != hello.generation {
-        let message = format!("the arbiter's generation is {generation}, the primary's is {}", hello.generation);
+        let message = format!(
+            "the arbiter's generation is {generation}, the primary's is {}",
+            hello.generation
+        );
         return Err(refuse("generation_mismatch", message));
     }
     let shadow = shared.host.create_shadow(&hello.identity)?;

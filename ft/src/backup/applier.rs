@@ -142,8 +142,19 @@ fn activate(session: &Session, epoch: u64) -> Result<(), MachineError> {
         shadow.discard();
         return Err(missing());
     };
-    log::info!("ft: activating epoch {epoch}: {} inputs again, {} outputs", inputs.len(), outputs.len());
-    shadow.activate(Takeover { state, elapsed, outputs, inputs }).map(drop)
+    log::info!(
+        "ft: activating epoch {epoch}: {} inputs again, {} outputs",
+        inputs.len(),
+        outputs.len()
+    );
+    shadow
+        .activate(Takeover {
+            state,
+            elapsed,
+            outputs,
+            inputs,
+        })
+        .map(drop)
 }
 
 #[cfg(test)]
@@ -151,8 +162,17 @@ mod tests {
     use super::*;
 
     fn checkpoint(epoch: u64) -> Checkpoint {
-        let outputs = vec![Output::Console { console: 0, data: vec![epoch as u8] }];
-        Checkpoint { epoch, state: vec![epoch as u8], outputs, came: epoch * 100, age: 7 }
+        let outputs = vec![Output::Console {
+            console: 0,
+            data: vec![epoch as u8],
+        }];
+        Checkpoint {
+            epoch,
+            state: vec![epoch as u8],
+            outputs,
+            came: epoch * 100,
+            age: 7,
+        }
     }
 
     #[test]
@@ -164,7 +184,13 @@ mod tests {
         assert_eq!(checkpoints.0.iter().filter(|c| !c.state.is_empty()).count(), 1);
         let (state, age, outputs) = checkpoints.take(4, 3, 450).unwrap();
         assert_eq!((state, age), (vec![4], Duration::from_nanos(57)));
-        assert_eq!(outputs, [Output::Console { console: 0, data: vec![4] }]);
+        assert_eq!(
+            outputs,
+            [Output::Console {
+                console: 0,
+                data: vec![4]
+            }]
+        );
         assert!(checkpoints.take(4, 0, 0).is_none());
     }
 }

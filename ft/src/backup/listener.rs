@@ -60,7 +60,11 @@ pub(super) fn run(shared: &Arc<Shared>, listener: &Listener) {
 }
 
 fn readable(listener: &Listener) -> bool {
-    let mut fd = libc::pollfd { fd: listener.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+    let mut fd = libc::pollfd {
+        fd: listener.as_raw_fd(),
+        events: libc::POLLIN,
+        revents: 0,
+    };
     // SAFETY: `fd` is one valid pollfd, and the listener keeps its descriptor open.
     unsafe { libc::poll(&mut fd, 1, LOOK_MS) > 0 }
 }

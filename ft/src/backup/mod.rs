@@ -64,7 +64,10 @@ pub fn receive(host: Arc<dyn ShadowHost>, config: FtReceiveConfig, events: Event
         arbiter::open(description)?;
     }
     let listener = address.listen(config.insecure)?;
-    let address = listener.address().map_err(|source| Error::Host { what: "ask for the listener's address", source })?;
+    let address = listener.address().map_err(|source| Error::Host {
+        what: "ask for the listener's address",
+        source,
+    })?;
     let shared = Arc::new(Shared {
         host,
         config,
@@ -75,14 +78,23 @@ pub fn receive(host: Arc<dyn ShadowHost>, config: FtReceiveConfig, events: Event
         quit: AtomicBool::new(false),
     });
     shared.announce_listening(None);
-    let backup = Backup { shared: shared.clone(), threads: Mutex::default() };
+    let backup = Backup {
+        shared: shared.clone(),
+        threads: Mutex::default(),
+    };
     backup.start(shared, listener)?;
     Ok(backup)
 }
 
 impl Shared {
     fn announce_listening(&self, reason: Option<String>) {
-        let status = Status { state: FtState::Listening, reason, generation: 0, epoch: 0, committed: 0 };
+        let status = Status {
+            state: FtState::Listening,
+            reason,
+            generation: 0,
+            epoch: 0,
+            committed: 0,
+        };
         announce(&self.events, FtRole::Backup, &status);
     }
 
@@ -121,7 +133,11 @@ impl Shared {
             if left.is_zero() {
                 return false;
             }
-            slot = self.changed.wait_timeout(slot, left).unwrap_or_else(PoisonError::into_inner).0;
+            slot = self
+                .changed
+                .wait_timeout(slot, left)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
         }
         true
     }
@@ -132,7 +148,10 @@ impl Backup {
         let thread = std::thread::Builder::new()
             .name("ft-listen".into())
             .spawn(move || listener::run(&shared, &listener))
-            .map_err(|source| Error::Host { what: "start a thread of FT", source })?;
+            .map_err(|source| Error::Host {
+                what: "start a thread of FT",
+                source,
+            })?;
         lock(&self.threads).push(thread);
         Ok(())
     }

@@ -122,11 +122,12 @@ impl Session {
         let (jobs, todo) = crossbeam_channel::unbounded();
         *lock(&self.jobs) = Some(jobs);
         let mut threads = Vec::new();
-        let mut spawn = |name: &str, body: Box<dyn FnOnce() + Send>| {
-            match std::thread::Builder::new().name(name.into()).spawn(body) {
-                Ok(thread) => threads.push(thread),
-                Err(e) => self.feed(Event::Leave(format!("the backup cannot start a thread: {e}"))),
-            }
+        let mut spawn = |name: &str, body: Box<dyn FnOnce() + Send>| match std::thread::Builder::new()
+            .name(name.into())
+            .spawn(body)
+        {
+            Ok(thread) => threads.push(thread),
+            Err(e) => self.feed(Event::Leave(format!("the backup cannot start a thread: {e}"))),
         };
         let s = self.clone();
         spawn("ft-applier", Box::new(move || applier::run(&s, &todo)));
@@ -168,7 +169,11 @@ impl Session {
         if announced.as_ref().is_none_or(changed) {
             // After a release the listener says that it listens again.
             if status.state != FtState::Disabled {
-                let role = if status.state == FtState::Solo { FtRole::Primary } else { FtRole::Backup };
+                let role = if status.state == FtState::Solo {
+                    FtRole::Primary
+                } else {
+                    FtRole::Backup
+                };
                 announce(&self.events, role, &status);
             }
             *announced = Some(status);
@@ -217,9 +222,17 @@ impl Session {
 
     /// With the core locked: a takeover must find the checkpoint that the core decided on, and no later one.
     fn apply(&self, epoch: u64) {
-        let Some(mut staged) = lock(&self.staging).take(epoch) else { return };
+        let Some(mut staged) = lock(&self.staging).take(epoch) else {
+            return;
+        };
         let (state, outputs) = (std::mem::take(&mut staged.state), std::mem::take(&mut staged.outputs));
-        let checkpoint = Checkpoint { epoch, state, outputs, came: self.clock.now(), age: staged.age_ns };
+        let checkpoint = Checkpoint {
+            epoch,
+            state,
+            outputs,
+            came: self.clock.now(),
+            age: staged.age_ns,
+        };
         lock(&self.checkpoints).push(checkpoint, self.released());
         self.job(Job::Apply(epoch, Box::new(staged)));
     }
@@ -241,7 +254,9 @@ impl Session {
     fn ask(self: &Arc<Self>, expected: u64) {
         let session = self.clone();
         let asked = std::thread::Builder::new().name("ft-arbiter".into()).spawn(move || {
-            let answer = session.arbiter.test_and_set(&session.hello.identity.vm_id, expected, &session.node);
+            let answer = session
+                .arbiter
+                .test_and_set(&session.hello.identity.vm_id, expected, &session.node);
             session.feed(Event::Arbiter(answer_of(answer)));
         });
         if let Err(e) = asked {
@@ -251,7 +266,10 @@ impl Session {
     }
 
     fn lost(self: &Arc<Self>, reason: String) {
-        self.feed(Event::PeerLost { heard: self.heard.load(Ordering::Acquire), reason });
+        self.feed(Event::PeerLost {
+            heard: self.heard.load(Ordering::Acquire),
+            reason,
+        });
     }
 
     /// The receiver: returns when the connection ends.
@@ -307,7 +325,9 @@ impl Session {
         let precopy = staging.whole() == 0;
         let result = match frame {
             Frame::Heartbeat => Ok(()),
-            Frame::Pages { epoch: 0, .. } | Frame::ZeroPages { epoch: 0, .. } | Frame::Disk { epoch: 0, .. } if precopy => {
+            Frame::Pages { epoch: 0, .. } | Frame::ZeroPages { epoch: 0, .. } | Frame::Disk { epoch: 0, .. }
+                if precopy =>
+            {
                 let checked = match &frame {
                     Frame::Pages { runs, .. } | Frame::ZeroPages { runs, .. } => staging.check_pages(runs),
                     Frame::Disk { disk, change, .. } => staging.check_disk(*disk, change),
@@ -326,7 +346,10 @@ impl Session {
             Frame::End(marker) => {
                 let bytes = staging.end(&marker).map_err(|e| e.to_string())?;
                 drop(staging);
-                self.feed(Event::Staged { epoch: marker.epoch, bytes });
+                self.feed(Event::Staged {
+                    epoch: marker.epoch,
+                    bytes,
+                });
                 return Ok(());
             }
             Frame::Disarm(reason) => {
@@ -358,7 +381,9 @@ impl Session {
     /// Pre-copy: nothing counts yet, so it goes straight into the shadow.
     fn write_through(&self, frame: Frame) -> Result<(), String> {
         let mut shadow = lock(&self.shadow);
-        let Some(shadow) = shadow.as_deref_mut() else { return Ok(()) };
+        let Some(shadow) = shadow.as_deref_mut() else {
+            return Ok(());
+        };
         let result = match frame {
             Frame::Pages { runs, data, .. } => {
                 let mut at = 0;
@@ -400,7 +425,10 @@ impl Session {
                 if *over || self.quit.load(Ordering::SeqCst) {
                     return;
                 }
-                let (over, _) = self.ended.wait_timeout(over, interval).unwrap_or_else(PoisonError::into_inner);
+                let (over, _) = self
+                    .ended
+                    .wait_timeout(over, interval)
+                    .unwrap_or_else(PoisonError::into_inner);
                 if *over || self.quit.load(Ordering::SeqCst) {
                     return;
                 }
@@ -408,7 +436,9 @@ impl Session {
             if self.clock.now().saturating_sub(self.outbox.last_write()) >= heartbeat.as_nanos() as u64 {
                 self.outbox.post(encode(&Frame::Heartbeat));
             }
-            self.feed(Event::Tick { heard: self.heard.load(Ordering::Acquire) });
+            self.feed(Event::Tick {
+                heard: self.heard.load(Ordering::Acquire),
+            });
         }
     }
 
@@ -440,7 +470,11 @@ impl Session {
         let (status, times) = (core.status(), core.times());
         drop(core);
         let mut info = FtInfo::disabled();
-        info.role = if status.state == FtState::Solo { FtRole::Primary } else { FtRole::Backup };
+        info.role = if status.state == FtState::Solo {
+            FtRole::Primary
+        } else {
+            FtRole::Backup
+        };
         (info.state, info.reason) = (status.state, status.reason);
         (info.generation, info.epoch, info.committed) = (status.generation, status.epoch, status.committed);
         info.epochs_total = status.committed;

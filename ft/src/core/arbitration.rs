@@ -34,7 +34,12 @@ pub struct Arbitration {
 impl Arbitration {
     /// Begins: the caller asks at once.
     pub fn begin() -> Self {
-        Self { asking: true, retry_at: 0, backoff: FIRST_BACKOFF, unanswered: None }
+        Self {
+            asking: true,
+            retry_at: 0,
+            backoff: FIRST_BACKOFF,
+            unanswered: None,
+        }
     }
 
     /// No answer came: wait, then ask again.

@@ -113,9 +113,15 @@ pub enum Action {
 enum Phase {
     Syncing,
     Armed,
-    Arbitrating { arbitration: Arbitration, planned: bool },
+    Arbitrating {
+        arbitration: Arbitration,
+        planned: bool,
+    },
     /// The arbiter was won; waits until the last epoch is applied, then for the activation.
-    TakingOver { planned: bool, activating: bool },
+    TakingOver {
+        planned: bool,
+        activating: bool,
+    },
     Live,
     /// Nothing to take over; what to tell the operator.
     Released,
@@ -190,12 +196,21 @@ impl BackupState {
             (Some(reason), Some(trouble)) => Some(format!("{reason}; no answer yet: {trouble}")),
             (reason, _) => reason.clone(),
         };
-        Status { state, reason, generation: self.generation, epoch: self.staged + 1, committed: self.acked }
+        Status {
+            state,
+            reason,
+            generation: self.generation,
+            epoch: self.staged + 1,
+            committed: self.acked,
+        }
     }
 
     /// Nothing will happen any more.
     pub fn is_over(&self) -> bool {
-        matches!(self.phase, Phase::Live | Phase::Released | Phase::Stopped | Phase::Failed)
+        matches!(
+            self.phase,
+            Phase::Live | Phase::Released | Phase::Stopped | Phase::Failed
+        )
     }
 
     /// Whether data of the primary is still taken.
@@ -205,7 +220,10 @@ impl BackupState {
 
     /// The loss of the primary would make this backup ask the arbiter, or did.
     pub fn is_armed(&self) -> bool {
-        matches!(self.phase, Phase::Armed | Phase::Arbitrating { .. } | Phase::TakingOver { .. })
+        matches!(
+            self.phase,
+            Phase::Armed | Phase::Arbitrating { .. } | Phase::TakingOver { .. }
+        )
     }
 
     /// Whether it can be told to leave: not once it may have won a generation.
@@ -235,7 +253,11 @@ impl BackupState {
             Event::PeerLost { heard, reason } => self.lose(reason, heard, now, &mut out),
             Event::Arbiter(answer) => self.answered(answer, now, &mut out),
             Event::Activated => {
-                if let Phase::TakingOver { planned, activating: true } = self.phase {
+                if let Phase::TakingOver {
+                    planned,
+                    activating: true,
+                } = self.phase
+                {
                     self.times.activated = now;
                     self.phase = Phase::Live;
                     if planned {
@@ -355,7 +377,8 @@ impl BackupState {
             FromPrimary::Timeout(timeout) => {
                 self.timeout = timeout;
                 let armed = matches!(self.phase, Phase::Armed);
-                self.silence.set_timeout(if armed { timeout } else { SYNC_TIMEOUT.max(timeout) });
+                self.silence
+                    .set_timeout(if armed { timeout } else { SYNC_TIMEOUT.max(timeout) });
             }
             FromPrimary::Disarm(reason) => {
                 self.release(reason, out);
@@ -363,10 +386,19 @@ impl BackupState {
             }
             FromPrimary::Handover(epoch) => {
                 if epoch == 0 || epoch != self.acked || epoch != self.staged {
-                    return self.lose(format!("handover of epoch {epoch}, which is not the last"), now, now, out);
+                    return self.lose(
+                        format!("handover of epoch {epoch}, which is not the last"),
+                        now,
+                        now,
+                        out,
+                    );
                 }
                 self.reason = Some("planned failover".into());
-                self.times = Times { heard: now, detected: now, activated: 0 };
+                self.times = Times {
+                    heard: now,
+                    detected: now,
+                    activated: 0,
+                };
                 self.ask(true, out);
             }
         }
@@ -385,7 +417,11 @@ impl BackupState {
             Phase::Syncing => self.release(format!("{reason}, before the VM was protected"), out),
             Phase::Armed => {
                 self.reason = Some(reason);
-                self.times = Times { heard, detected: now, activated: 0 };
+                self.times = Times {
+                    heard,
+                    detected: now,
+                    activated: 0,
+                };
                 out.push(Action::Disconnect);
                 self.ask(false, out);
             }
@@ -394,16 +430,26 @@ impl BackupState {
     }
 
     fn ask(&mut self, planned: bool, out: &mut Vec<Action>) {
-        self.phase = Phase::Arbitrating { arbitration: Arbitration::begin(), planned };
-        out.push(Action::AskArbiter { expected: self.generation });
+        self.phase = Phase::Arbitrating {
+            arbitration: Arbitration::begin(),
+            planned,
+        };
+        out.push(Action::AskArbiter {
+            expected: self.generation,
+        });
     }
 
     fn answered(&mut self, answer: Answer, now: Nanos, out: &mut Vec<Action>) {
-        let Phase::Arbitrating { arbitration, planned } = &mut self.phase else { return };
+        let Phase::Arbitrating { arbitration, planned } = &mut self.phase else {
+            return;
+        };
         match answer {
             Answer::Unknown { reason } => arbitration.unanswered(reason, now),
             Answer::Won => {
-                self.phase = Phase::TakingOver { planned: *planned, activating: false };
+                self.phase = Phase::TakingOver {
+                    planned: *planned,
+                    activating: false,
+                };
                 self.generation += 1;
                 self.activate(out);
             }
@@ -411,7 +457,10 @@ impl BackupState {
                 self.phase = Phase::Stopped;
                 self.generation += 1;
                 let before = self.reason.take().unwrap_or_default();
-                let reason = format!("{before}; node {winner} won generation {} in the arbiter", self.generation);
+                let reason = format!(
+                    "{before}; node {winner} won generation {} in the arbiter",
+                    self.generation
+                );
                 self.reason = Some(reason);
                 out.push(Action::Farewell);
                 out.push(Action::Discard);

@@ -24,7 +24,11 @@ pub struct Silence {
 impl Silence {
     /// The other side was heard at `now`.
     pub fn new(timeout: Nanos, now: Nanos) -> Self {
-        Self { timeout, floor: now, last_tick: now }
+        Self {
+            timeout,
+            floor: now,
+            last_tick: now,
+        }
     }
 
     /// Changes the timeout.
@@ -54,7 +58,11 @@ pub struct Lease {
 impl Lease {
     /// No stamp has returned yet.
     pub fn new(timeout: Nanos) -> Self {
-        Self { timeout, longer: None, until: 0 }
+        Self {
+            timeout,
+            longer: None,
+            until: 0,
+        }
     }
 
     /// The timeout changes, and the backup is told at `now`: a shorter one counts at once, a longer one from when the

@@ -50,7 +50,10 @@ pub struct Pacing {
 impl Pacing {
     /// An epoch begins.
     pub fn new(now: Nanos) -> Self {
-        Self { began: now, dirty_rate: 0.0 }
+        Self {
+            began: now,
+            dirty_rate: 0.0,
+        }
     }
 
     /// The epoch ended with so much dirty RAM, and the next begins.
@@ -74,7 +77,11 @@ impl Pacing {
         if running_bytes >= limits.max_epoch_bytes {
             return self.began;
         }
-        let longest = if output { limits.min_epoch.min(limits.max_epoch) } else { limits.max_epoch };
+        let longest = if output {
+            limits.min_epoch.min(limits.max_epoch)
+        } else {
+            limits.max_epoch
+        };
         let room = (limits.max_epoch_bytes - running_bytes) as f64;
         // Never shorter than the shortest epoch for the sake of a guess.
         let filled = (room / self.dirty_rate.max(1.0) * 1e9).min(1e15) as Nanos;
@@ -87,7 +94,11 @@ impl Pacing {
         let half = limits.max_lag / 2;
         let span = u64::from(100 - MIN_PERCENT);
         let by_lag = 100 - (lag.saturating_sub(half).min(half) * span / half.max(1)) as u8;
-        let overdue = if room { 0 } else { self.age(now).saturating_sub(2 * limits.max_epoch) };
+        let overdue = if room {
+            0
+        } else {
+            self.age(now).saturating_sub(2 * limits.max_epoch)
+        };
         let by_age = 100 - (overdue.saturating_mul(span) / (8 * limits.max_epoch).max(1)).min(span) as u8;
         // In steps, so that it does not change all the time.
         by_lag.min(by_age) / 10 * 10
@@ -119,7 +130,10 @@ mod tests {
     fn the_guest_is_slowed_down_towards_the_bound() {
         let pacing = Pacing::new(0);
         let percent = |lag_mib: u64| pacing.percent(&limits(), lag_mib << 20, true, 0);
-        assert_eq!((percent(0), percent(256), percent(512), percent(5000)), (100, 100, 10, 10));
+        assert_eq!(
+            (percent(0), percent(256), percent(512), percent(5000)),
+            (100, 100, 10, 10)
+        );
         assert!(percent(300) < 100 && percent(400) < percent(300));
         assert_eq!(pacing.percent(&limits(), 0, false, ms(200)), 100);
         assert!(pacing.percent(&limits(), 0, false, ms(600)) < 60);

@@ -124,10 +124,18 @@ enum Phase {
     Syncing,
     Running,
     /// `disarm` was sent; then the VM runs alone in `end`.
-    Disarming { end: End, deadline: Nanos },
+    Disarming {
+        end: End,
+        deadline: Nanos,
+    },
     /// `handover` was sent.
-    Offered { deadline: Nanos },
-    Arbitrating { arbitration: Arbitration, end: End },
+    Offered {
+        deadline: Nanos,
+    },
+    Arbitrating {
+        arbitration: Arbitration,
+        end: End,
+    },
     Ended(FtState),
 }
 
@@ -225,7 +233,13 @@ impl PrimaryState {
             (Some(reason), Some(trouble)) => Some(format!("{reason}; no answer yet: {trouble}")),
             (reason, _) => reason.clone(),
         };
-        Status { state, reason, generation: self.generation, epoch: self.epoch, committed: self.committed }
+        Status {
+            state,
+            reason,
+            generation: self.generation,
+            epoch: self.epoch,
+            committed: self.committed,
+        }
     }
 
     /// Limits in force.
@@ -278,7 +292,8 @@ impl PrimaryState {
     /// When the running epoch is to end; a [`Event::Tick`] is due then.
     pub fn deadline(&self) -> Option<Nanos> {
         let at = self.pacing.ends_at(&self.limits, self.output, self.running_bytes);
-        self.may_checkpoint().then_some(if self.handover == Handover::Wanted { 0 } else { at })
+        self.may_checkpoint()
+            .then_some(if self.handover == Handover::Wanted { 0 } else { at })
     }
 
     /// Pre-copy is done: the first checkpoint is to be taken (it goes on where pre-copy ended, in one pause). `false`:
@@ -293,7 +308,11 @@ impl PrimaryState {
     pub fn step(&mut self, event: Event, now: Nanos) -> Vec<Action> {
         let mut out = Vec::new();
         match event {
-            Event::Tick { heard, running_bytes, output } => {
+            Event::Tick {
+                heard,
+                running_bytes,
+                output,
+            } => {
                 (self.running_bytes, self.output) = (running_bytes, output);
                 self.tick(heard, now, &mut out);
             }
@@ -317,7 +336,11 @@ impl PrimaryState {
             Event::SetLimits(limits) => {
                 self.limits = limits;
                 self.lease.set_timeout(limits.timeout, now);
-                let timeout = if self.armed { limits.timeout } else { SYNC_TIMEOUT.max(limits.timeout) };
+                let timeout = if self.armed {
+                    limits.timeout
+                } else {
+                    SYNC_TIMEOUT.max(limits.timeout)
+                };
                 self.silence.set_timeout(timeout);
             }
         }
@@ -405,7 +428,11 @@ impl PrimaryState {
             FromBackup::Heartbeat => {}
             FromBackup::Ack(epoch) => {
                 if epoch >= self.epoch {
-                    return self.lose(format!("the backup acknowledged epoch {epoch}, which was not sent"), now, out);
+                    return self.lose(
+                        format!("the backup acknowledged epoch {epoch}, which was not sent"),
+                        now,
+                        out,
+                    );
                 }
                 // Acknowledgements count for all epochs before; an older one may arrive after a newer.
                 self.committed = self.committed.max(epoch);
@@ -433,7 +460,10 @@ impl PrimaryState {
             FromBackup::HandedOver(generation) => match self.phase {
                 Phase::Offered { .. } => {
                     self.generation = generation;
-                    self.stop(format!("the VM was handed over to the backup, which won generation {generation}"), out);
+                    self.stop(
+                        format!("the VM was handed over to the backup, which won generation {generation}"),
+                        out,
+                    );
                 }
                 _ => return self.lose("the backup says it took over, unasked".into(), now, out),
             },
@@ -461,7 +491,9 @@ impl PrimaryState {
         if let (Handover::Last(epoch), Phase::Running) = (self.handover, &self.phase)
             && self.released >= epoch
         {
-            self.phase = Phase::Offered { deadline: now + ANSWER_TIMEOUT };
+            self.phase = Phase::Offered {
+                deadline: now + ANSWER_TIMEOUT,
+            };
             out.push(Action::Send(ToBackup::Handover(epoch)));
         }
     }
@@ -478,13 +510,20 @@ impl PrimaryState {
             _ => End::Solo,
         };
         self.reason = Some(reason);
-        self.phase = Phase::Arbitrating { arbitration: Arbitration::begin(), end };
+        self.phase = Phase::Arbitrating {
+            arbitration: Arbitration::begin(),
+            end,
+        };
         out.push(Action::Disconnect);
-        out.push(Action::AskArbiter { expected: self.generation });
+        out.push(Action::AskArbiter {
+            expected: self.generation,
+        });
     }
 
     fn answered(&mut self, answer: Answer, now: Nanos, out: &mut Vec<Action>) {
-        let Phase::Arbitrating { arbitration, end } = &mut self.phase else { return };
+        let Phase::Arbitrating { arbitration, end } = &mut self.phase else {
+            return;
+        };
         match answer {
             Answer::Unknown { reason } => arbitration.unanswered(reason, now),
             Answer::Won => {
@@ -495,7 +534,13 @@ impl PrimaryState {
             Answer::Lost { winner } => {
                 self.generation += 1;
                 let before = self.reason.take().unwrap_or_default();
-                self.stop(format!("{before}; node {winner} won generation {} in the arbiter", self.generation), out);
+                self.stop(
+                    format!(
+                        "{before}; node {winner} won generation {} in the arbiter",
+                        self.generation
+                    ),
+                    out,
+                );
             }
         }
     }
@@ -509,7 +554,10 @@ impl PrimaryState {
             }
             Phase::Running => {
                 self.reason = Some(reason.clone());
-                self.phase = Phase::Disarming { end, deadline: now + ANSWER_TIMEOUT };
+                self.phase = Phase::Disarming {
+                    end,
+                    deadline: now + ANSWER_TIMEOUT,
+                };
                 out.push(Action::Send(ToBackup::Disarm(reason)));
             }
             _ => {}

@@ -180,7 +180,11 @@ impl Staging {
     fn count_pages(&mut self, epoch: u64, count: u64, zero: bool) -> Result<(), StagingError> {
         let limit = self.pages_limit;
         let staged = self.epoch(epoch)?;
-        let counter = if zero { &mut staged.zero_count } else { &mut staged.page_count };
+        let counter = if zero {
+            &mut staged.zero_count
+        } else {
+            &mut staged.page_count
+        };
         *counter = counter.saturating_add(count);
         if staged.zero_count.saturating_add(staged.page_count) > limit {
             return Err(StagingError::TooMuch { epoch, what: "pages" });
@@ -217,13 +221,24 @@ impl Staging {
     /// A change of a disk.
     pub fn disk(&mut self, epoch: u64, disk: u16, change: DiskChange) -> Result<(), StagingError> {
         self.check_disk(disk, &change)?;
-        let bytes = if let DiskChange::Write { data, .. } = &change { data.len() } else { 0 };
+        let bytes = if let DiskChange::Write { data, .. } = &change {
+            data.len()
+        } else {
+            0
+        };
         self.count_log(epoch, bytes)?.disk.push((disk, change));
         Ok(())
     }
 
     fn check_nic(&self, index: u16) -> Result<(), StagingError> {
-        if u32::from(index) < self.nics { Ok(()) } else { Err(StagingError::Device { what: "network device", index }) }
+        if u32::from(index) < self.nics {
+            Ok(())
+        } else {
+            Err(StagingError::Device {
+                what: "network device",
+                index,
+            })
+        }
     }
 
     /// An input.
@@ -264,7 +279,10 @@ impl Staging {
     pub fn end(&mut self, marker: &EndMarker) -> Result<u64, StagingError> {
         let epoch = marker.epoch;
         if epoch != self.whole + 1 {
-            return Err(StagingError::Epoch { epoch, expected: self.whole + 1 });
+            return Err(StagingError::Epoch {
+                epoch,
+                expected: self.whole + 1,
+            });
         }
         let staged = self.epoch(epoch)?;
         for (what, found, expected) in [
@@ -276,7 +294,12 @@ impl Staging {
             ("state bytes", staged.state.len() as u64, marker.state_len),
         ] {
             if found != expected {
-                return Err(StagingError::NotWhole { epoch, what, found, expected });
+                return Err(StagingError::NotWhole {
+                    epoch,
+                    what,
+                    found,
+                    expected,
+                });
             }
         }
         staged.age_ns = marker.age_ns;
@@ -292,7 +315,11 @@ impl Staging {
 
     /// Takes a whole epoch out.
     pub fn take(&mut self, epoch: u64) -> Option<StagedEpoch> {
-        if epoch > self.whole { None } else { self.epochs.remove(&epoch) }
+        if epoch > self.whole {
+            None
+        } else {
+            self.epochs.remove(&epoch)
+        }
     }
 
     /// The inputs of all epochs after `epoch`, in order: to be given to the guest again (R8). Everything else of them

@@ -47,15 +47,32 @@ impl Controller {
         let disk = session.log.disk.swap(0, Ordering::Relaxed);
         let taken = Instant::now();
         let lag = bytes as u64 + state.len() as u64 + cut.held + cut.logged;
-        self.drive(Event::Checkpointed { bytes: lag, dirty_bytes: bytes as u64 });
+        self.drive(Event::Checkpointed {
+            bytes: lag,
+            dirty_bytes: bytes as u64,
+        });
         self.perform_first(&Action::Resume);
         let pause = begin.elapsed();
         {
             let mut metrics = lock(&session.metrics);
-            metrics.checkpoint(cut.epoch, taken, Checkpoint { epoch: epoch_time, pause, pages: count });
+            metrics.checkpoint(
+                cut.epoch,
+                taken,
+                Checkpoint {
+                    epoch: epoch_time,
+                    pause,
+                    pages: count,
+                },
+            );
         }
         if lock(&session.core).sends() {
-            let marker = EndMarker { epoch: cut.epoch, disk, inputs, state_len: state.len() as u64, ..Default::default() };
+            let marker = EndMarker {
+                epoch: cut.epoch,
+                disk,
+                inputs,
+                state_len: state.len() as u64,
+                ..Default::default()
+            };
             self.send(marker, bytes, &state, taken, cut.logged)?;
         }
         Ok(())
@@ -88,7 +105,9 @@ impl Controller {
             Ok::<(), io::Error>(())
         };
         let staged = &mut self.staging[..bytes];
-        let encoded = self.encoder.encode(marker.epoch, &self.runs, staged, false, &mut pages)?;
+        let encoded = self
+            .encoder
+            .encode(marker.epoch, &self.runs, staged, false, &mut pages)?;
         (marker.pages, marker.zero_pages) = (encoded.pages, encoded.zero_pages);
         marker.age_ns = taken.elapsed().min(Duration::from_secs(3600)).as_nanos() as u64;
         burst.extend(encode(&Frame::End(marker)));

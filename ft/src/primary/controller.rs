@@ -152,7 +152,11 @@ impl Controller {
         match action {
             Action::Checkpoint => {
                 let begin = Instant::now();
-                if let Err(e) = self.pause().map_err(BeginError::from).and_then(|()| self.checkpoint(begin)) {
+                if let Err(e) = self
+                    .pause()
+                    .map_err(BeginError::from)
+                    .and_then(|()| self.checkpoint(begin))
+                {
                     self.drive(e.into());
                 }
             }
@@ -195,7 +199,12 @@ impl Controller {
                 problem("pausing the VM to end FT", e);
             }
             let order = lock(&session.releasing);
-            let outputs: Vec<Output> = session.interposer.close().into_iter().flat_map(|held| held.outputs).collect();
+            let outputs: Vec<Output> = session
+                .interposer
+                .close()
+                .into_iter()
+                .flat_map(|held| held.outputs)
+                .collect();
             if !outputs.is_empty() {
                 session.machine.release(outputs);
             }

@@ -29,8 +29,13 @@ pub fn unique_name(kind: &str) -> Result<String, Error> {
     let mut bytes = [0u8; 12];
     std::fs::File::open("/dev/urandom")
         .and_then(|mut file| file.read_exact(&mut bytes))
-        .map_err(|source| Error::Host { what: "read /dev/urandom", source })?;
-    Ok(bytes.iter().fold(format!("{kind}-"), |name, b| format!("{name}{b:02x}")))
+        .map_err(|source| Error::Host {
+            what: "read /dev/urandom",
+            source,
+        })?;
+    Ok(bytes
+        .iter()
+        .fold(format!("{kind}-"), |name, b| format!("{name}{b:02x}")))
 }
 
 /// Calls the arbiter on a thread of its own, because its store may hang.
@@ -46,12 +51,19 @@ pub fn ask<T: Send + 'static>(
             // Nobody may listen any more.
             let _ = answer.send(question(arbiter.as_ref()));
         })
-        .map_err(|source| Error::Host { what: "start a thread of FT", source })?;
+        .map_err(|source| Error::Host {
+            what: "start a thread of FT",
+            source,
+        })?;
     match answered.recv_timeout(ARBITER_TIMEOUT) {
         Ok(result) => Ok(result?),
         Err(_) => {
             let what = format!("does not answer within {} s", ARBITER_TIMEOUT.as_secs());
-            Err(ArbiterError::Store { what, source: std::io::ErrorKind::TimedOut.into() }.into())
+            Err(ArbiterError::Store {
+                what,
+                source: std::io::ErrorKind::TimedOut.into(),
+            }
+            .into())
         }
     }
 }
@@ -85,10 +97,17 @@ pub(super) fn connect(
     let (node, token) = (unique_name("primary")?, unique_name("mark")?);
     let (id, mark) = (vm_id.clone(), token.clone());
     ask(&arbiter, move |arbiter| arbiter.mark(&id, &mark))?;
-    let mark = Mark { arbiter: arbiter.clone(), vm_id: vm_id.clone(), token: token.clone() };
+    let mark = Mark {
+        arbiter: arbiter.clone(),
+        vm_id: vm_id.clone(),
+        token: token.clone(),
+    };
 
     let stream = address.connect(config.insecure, CONNECT_TIMEOUT)?;
-    let failed = |reason: String| Error::Handshake { peer: config.peer.clone(), reason };
+    let failed = |reason: String| Error::Handshake {
+        peer: config.peer.clone(),
+        reason,
+    };
     let clock = Clock::default();
     let outbox = Outbox::new(&stream, clock, Stamp::Clock).map_err(|e| failed(e.to_string()))?;
     let generation = register.generation;
@@ -100,15 +119,23 @@ pub(super) fn connect(
         token,
         limits: config.limits.clone(),
     };
-    let timeouts = stream.set_write_timeout(Some(CONNECT_TIMEOUT)).and(stream.set_read_timeout(Some(ACCEPT_TIMEOUT)));
+    let timeouts = stream
+        .set_write_timeout(Some(CONNECT_TIMEOUT))
+        .and(stream.set_read_timeout(Some(ACCEPT_TIMEOUT)));
     timeouts.map_err(|e| failed(e.to_string()))?;
-    outbox.write_now(&encode(&Frame::Hello(Box::new(hello)))).map_err(|e| failed(e.to_string()))?;
+    outbox
+        .write_now(&encode(&Frame::Hello(Box::new(hello))))
+        .map_err(|e| failed(e.to_string()))?;
     let mut reader = FrameReader::new(stream);
     let (_, answer) = reader.next(&mut || ()).map_err(|e| failed(e.to_string()))?;
     match answer {
         Frame::Accept(backup) => log::info!("ft: backup {backup} at {} accepted", config.peer),
         Frame::Refuse(refusal) => return Err(refusal.into()),
-        other => return Err(failed(format!("it answered with {other:?}").chars().take(200).collect())),
+        other => {
+            return Err(failed(
+                format!("it answered with {other:?}").chars().take(200).collect(),
+            ));
+        }
     }
     drop(mark);
     let stream = reader.get_ref();

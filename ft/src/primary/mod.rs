@@ -43,7 +43,10 @@ pub struct Primary {
 /// [`Primary::info`] tells how far it is. On an error the VM is untouched.
 pub fn enable(machine: Arc<dyn Protected>, config: FtEnableConfig, events: EventSink) -> Result<Primary, Error> {
     let (session, stream) = handshake::connect(machine, config, events)?;
-    let primary = Primary { session: session.clone(), threads: Mutex::default() };
+    let primary = Primary {
+        session: session.clone(),
+        threads: Mutex::default(),
+    };
     let started = primary.start(&session, stream);
     if let Err(e) = started {
         primary.quit();
@@ -61,7 +64,10 @@ impl Primary {
         let mut threads = lock(&self.threads);
         let mut spawn = |name: &str, body: Box<dyn FnOnce() + Send>| {
             let started = std::thread::Builder::new().name(name.into()).spawn(body);
-            threads.push(started.map_err(|source| Error::Host { what: "start a thread of FT", source })?);
+            threads.push(started.map_err(|source| Error::Host {
+                what: "start a thread of FT",
+                source,
+            })?);
             Ok::<(), Error>(())
         };
         let s = session.clone();
@@ -93,7 +99,9 @@ impl Primary {
             _ => {}
         }
         if lock(&self.session.core).hands_over() {
-            return Err(Error::WrongState("a planned failover is under way: FT cannot be ended now".into()));
+            return Err(Error::WrongState(
+                "a planned failover is under way: FT cannot be ended now".into(),
+            ));
         }
         self.session.feed(Event::Disable("FT was disabled".into()));
         self.session.wait_end(PATIENCE);
@@ -102,7 +110,9 @@ impl Primary {
             FtState::Disabled | FtState::Solo | FtState::Failed => Ok(()),
             state => {
                 let reason = status.reason.unwrap_or_default();
-                Err(Error::Ended(format!("FT was not ended as asked, its state is {state:?}: {reason}")))
+                Err(Error::Ended(format!(
+                    "FT was not ended as asked, its state is {state:?}: {reason}"
+                )))
             }
         }
     }
@@ -111,12 +121,17 @@ impl Primary {
     pub fn failover(&self) -> Result<(), Error> {
         let status = lock(&self.session.core).status();
         if status.state != FtState::Protected {
-            let message = format!("a planned failover needs a protected VM, the state is {:?}", status.state);
+            let message = format!(
+                "a planned failover needs a protected VM, the state is {:?}",
+                status.state
+            );
             return Err(Error::WrongState(message));
         }
         self.session.feed(Event::Failover);
         if !lock(&self.session.core).hands_over() {
-            return Err(Error::WrongState("FT is being ended: a failover cannot begin now".into()));
+            return Err(Error::WrongState(
+                "FT is being ended: a failover cannot begin now".into(),
+            ));
         }
         self.session.wait_end(PATIENCE);
         let status = lock(&self.session.core).status();
@@ -124,7 +139,10 @@ impl Primary {
             return Ok(());
         }
         let reason = status.reason.unwrap_or_default();
-        Err(Error::Ended(format!("the backup did not take the VM over, it runs on here ({:?}): {reason}", status.state)))
+        Err(Error::Ended(format!(
+            "the backup did not take the VM over, it runs on here ({:?}): {reason}",
+            status.state
+        )))
     }
 
     /// Changes limits.

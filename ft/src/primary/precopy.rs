@@ -71,7 +71,15 @@ pub(super) fn run(c: &mut Controller) -> Result<Pending, BeginError> {
     let disks: Vec<(u16, u64)> = writable(c).collect();
     let ram_total: u64 = session.identity.memory.iter().map(|(_, size)| size).sum();
     let mut pending = Pending {
-        ram: session.identity.memory.iter().map(|(gpa, size)| PageRun { gpa: *gpa, count: size / PAGE_SIZE as u64 }).collect(),
+        ram: session
+            .identity
+            .memory
+            .iter()
+            .map(|(gpa, size)| PageRun {
+                gpa: *gpa,
+                count: size / PAGE_SIZE as u64,
+            })
+            .collect(),
         disks: disks.iter().map(|(disk, size)| (*disk, 0, *size)).collect(),
     };
     {
@@ -79,7 +87,12 @@ pub(super) fn run(c: &mut Controller) -> Result<Pending, BeginError> {
         progress.ram_bytes_total = ram_total;
         progress.disk_bytes_total = disks.iter().map(|(_, size)| size).sum();
     }
-    let mut pace = Pace { began: Instant::now(), sent: 0, window: (Instant::now(), 0), rate: 0.0 };
+    let mut pace = Pace {
+        began: Instant::now(),
+        sent: 0,
+        window: (Instant::now(), 0),
+        rate: 0.0,
+    };
     let (mut before, mut stuck) = (u64::MAX, 0);
     for pass in 0..MAX_PASSES {
         send(c, &pending, pass == 0, Some(&mut pace))?;
@@ -116,7 +129,10 @@ pub(super) fn last_pass(c: &mut Controller, pending: Pending) -> Result<(), Begi
 
 fn writable(c: &Controller) -> impl Iterator<Item = (u16, u64)> {
     let disks = c.session.identity.disks.clone();
-    (0u16..).zip(disks).filter(|(_, disk)| !disk.readonly).map(|(i, disk)| (i, disk.size))
+    (0u16..)
+        .zip(disks)
+        .filter(|(_, disk)| !disk.readonly)
+        .map(|(i, disk)| (i, disk.size))
 }
 
 fn harvest(c: &mut Controller) -> Result<Pending, BeginError> {
@@ -127,7 +143,9 @@ fn harvest(c: &mut Controller) -> Result<Pending, BeginError> {
     for (disk, _) in writable(c) {
         ranges.clear();
         machine.harvest_dirty_blocks(disk, &mut ranges)?;
-        pending.disks.extend(ranges.iter().map(|(offset, len)| (disk, *offset, *len)));
+        pending
+            .disks
+            .extend(ranges.iter().map(|(offset, len)| (disk, *offset, *len)));
     }
     Ok(pending)
 }
@@ -151,8 +169,14 @@ fn send(c: &mut Controller, pending: &Pending, first: bool, mut pace: Option<&mu
     for run in &pending.ram {
         let mut rest = *run;
         while rest.count > 0 {
-            let part = PageRun { gpa: rest.gpa, count: rest.count.min(CHUNK_PAGES) };
-            rest = PageRun { gpa: rest.gpa + part.count * PAGE_SIZE as u64, count: rest.count - part.count };
+            let part = PageRun {
+                gpa: rest.gpa,
+                count: rest.count.min(CHUNK_PAGES),
+            };
+            rest = PageRun {
+                gpa: rest.gpa + part.count * PAGE_SIZE as u64,
+                count: rest.count - part.count,
+            };
             let sent = send_ram(c, part, first)?;
             account(c, part.count * PAGE_SIZE as u64, 0, sent, &mut pace)?;
         }
@@ -194,9 +218,16 @@ fn send_disk(c: &mut Controller, disk: u16, offset: u64, len: usize) -> Result<u
         }
         let offset = offset + begin as u64;
         let change = if zero {
-            DiskChange::Zero { offset, len: (at - begin) as u64, unmap: true }
+            DiskChange::Zero {
+                offset,
+                len: (at - begin) as u64,
+                unmap: true,
+            }
         } else {
-            DiskChange::Write { offset, data: chunk[begin..at].to_vec() }
+            DiskChange::Write {
+                offset,
+                data: chunk[begin..at].to_vec(),
+            }
         };
         frames.extend(frame::disk_change(0, disk, change));
     }

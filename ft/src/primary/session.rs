@@ -110,7 +110,11 @@ impl Session {
     pub(super) fn new(parts: SessionParts) -> Arc<Self> {
         Arc::new_cyclic(|weak: &std::sync::Weak<Self>| {
             let outbox = Arc::new(parts.outbox);
-            let log = Arc::new(Log { outbox: outbox.clone(), inputs: AtomicU64::new(0), disk: AtomicU64::new(0) });
+            let log = Arc::new(Log {
+                outbox: outbox.clone(),
+                inputs: AtomicU64::new(0),
+                disk: AtomicU64::new(0),
+            });
             let session = weak.clone();
             let waker = Arc::new(move || {
                 if let Some(session) = session.upgrade() {
@@ -232,7 +236,11 @@ impl Session {
     }
 
     /// A tick; its values are read when it is processed.
-    pub(super) const TICK: Event = Event::Tick { heard: 0, running_bytes: 0, output: false };
+    pub(super) const TICK: Event = Event::Tick {
+        heard: 0,
+        running_bytes: 0,
+        output: false,
+    };
 
     /// Steps the core from any thread but the controller.
     pub(super) fn feed(self: &Arc<Self>, event: Event) {
@@ -280,7 +288,9 @@ impl Session {
     fn ask(self: &Arc<Self>, expected: u64) {
         let session = self.clone();
         let asked = std::thread::Builder::new().name("ft-arbiter".into()).spawn(move || {
-            let answer = session.arbiter.test_and_set(&session.identity.vm_id, expected, &session.node);
+            let answer = session
+                .arbiter
+                .test_and_set(&session.identity.vm_id, expected, &session.node);
             session.feed(Event::Arbiter(answer_of(answer)));
         });
         if let Err(e) = asked {
@@ -306,10 +316,21 @@ impl Session {
                 Frame::HandedOver(generation) => FromBackup::HandedOver(generation),
                 Frame::HandoverFailed { generation, reason } => FromBackup::HandoverFailed { generation, reason },
                 Frame::Bye(reason) => FromBackup::Bye(reason),
-                _ => return self.feed(Event::PeerLost("the backup sent a frame that only a primary sends".into())),
+                _ => {
+                    return self.feed(Event::PeerLost(
+                        "the backup sent a frame that only a primary sends".into(),
+                    ));
+                }
             };
-            let acknowledged = if let FromBackup::Ack(epoch) = message { Some(epoch) } else { None };
-            self.feed(Event::Peer { echo: envelope.stamp, message });
+            let acknowledged = if let FromBackup::Ack(epoch) = message {
+                Some(epoch)
+            } else {
+                None
+            };
+            self.feed(Event::Peer {
+                echo: envelope.stamp,
+                message,
+            });
             if let Some(epoch) = acknowledged {
                 lock(&self.metrics).commit(epoch);
             }
@@ -350,7 +371,11 @@ impl Session {
         let status = core.status();
         (info.lag_bytes, info.run_percent) = (core.lag(), core.percent());
         drop(core);
-        info.role = if status.state == FtState::Disabled { FtRole::None } else { FtRole::Primary };
+        info.role = if status.state == FtState::Disabled {
+            FtRole::None
+        } else {
+            FtRole::Primary
+        };
         (info.state, info.reason) = (status.state, status.reason);
         (info.generation, info.epoch, info.committed) = (status.generation, status.epoch, status.committed);
         info.peer = Some(self.peer.clone());

@@ -15,7 +15,9 @@ fn bad(kind: &'static str, reason: &'static str) -> DecodeError {
 /// FtLimits leaves out nothing when it is written, so postcard reads it; its ranges are checked.
 fn limits(payload: &[u8]) -> Result<FtLimits, DecodeError> {
     let limits: FtLimits = whole("limits", payload)?;
-    limits.validate().map_err(|_| bad("limits", "a limit is out of range"))?;
+    limits
+        .validate()
+        .map_err(|_| bad("limits", "a limit is out of range"))?;
     Ok(limits)
 }
 
@@ -39,7 +41,10 @@ struct Prefix<'a> {
 
 impl Prefix<'_> {
     fn take<const N: usize>(&mut self) -> Result<[u8; N], DecodeError> {
-        let (first, rest) = self.rest.split_first_chunk().ok_or_else(|| bad(self.kind, "is too short"))?;
+        let (first, rest) = self
+            .rest
+            .split_first_chunk()
+            .ok_or_else(|| bad(self.kind, "is too short"))?;
         self.rest = rest;
         Ok(*first)
     }
@@ -63,7 +68,10 @@ impl Prefix<'_> {
         }
         let mut runs = Vec::with_capacity(count as usize);
         for _ in 0..count {
-            let run = PageRun { gpa: self.u64()?, count: self.u64()? };
+            let run = PageRun {
+                gpa: self.u64()?,
+                count: self.u64()?,
+            };
             let page = PAGE_SIZE as u64;
             let end = run.count.checked_mul(page).and_then(|len| run.gpa.checked_add(len));
             if run.gpa % page != 0 || run.count == 0 || end.is_none() {
@@ -122,9 +130,16 @@ fn disk(payload: Vec<u8>) -> Result<Frame, DecodeError> {
     let change = match what {
         DISK_WRITE if left as u64 == len && left <= MAX_PIECE => {
             let used = payload.len() - left;
-            DiskChange::Write { offset, data: tail(payload, used) }
+            DiskChange::Write {
+                offset,
+                data: tail(payload, used),
+            }
         }
-        DISK_ZERO | DISK_UNMAP if left == 0 => DiskChange::Zero { offset, len, unmap: what == DISK_UNMAP },
+        DISK_ZERO | DISK_UNMAP if left == 0 => DiskChange::Zero {
+            offset,
+            len,
+            unmap: what == DISK_UNMAP,
+        },
         DISK_FLUSH if left == 0 => DiskChange::Flush,
         _ => return Err(bad(kind, "is of no known kind, or has a wrong length")),
     };
@@ -132,9 +147,18 @@ fn disk(payload: Vec<u8>) -> Result<Frame, DecodeError> {
 }
 
 fn input(payload: Vec<u8>) -> Result<Frame, DecodeError> {
-    let mut prefix = Prefix { kind: "input", rest: &payload };
+    let mut prefix = Prefix {
+        kind: "input",
+        rest: &payload,
+    };
     let (epoch, nic) = (prefix.u64()?, prefix.u16()?);
-    Ok(Frame::Input { epoch, input: Input::Frame { nic, data: tail(payload, 10) } })
+    Ok(Frame::Input {
+        epoch,
+        input: Input::Frame {
+            nic,
+            data: tail(payload, 10),
+        },
+    })
 }
 
 fn outputs(payload: &[u8]) -> Result<Frame, DecodeError> {
@@ -144,11 +168,20 @@ fn outputs(payload: &[u8]) -> Result<Frame, DecodeError> {
     let mut outputs = Vec::new();
     while !prefix.rest.is_empty() {
         let ([what], index, len) = (prefix.take::<1>()?, prefix.u16()?, prefix.u32()? as usize);
-        let (data, rest) = prefix.rest.split_at_checked(len).ok_or_else(|| bad(kind, "is too short"))?;
+        let (data, rest) = prefix
+            .rest
+            .split_at_checked(len)
+            .ok_or_else(|| bad(kind, "is too short"))?;
         prefix.rest = rest;
         outputs.push(match what {
-            OUTPUT_FRAME => Output::Frame { nic: index, data: data.to_vec() },
-            OUTPUT_CONSOLE => Output::Console { console: index, data: data.to_vec() },
+            OUTPUT_FRAME => Output::Frame {
+                nic: index,
+                data: data.to_vec(),
+            },
+            OUTPUT_CONSOLE => Output::Console {
+                console: index,
+                data: data.to_vec(),
+            },
             _ => return Err(bad(kind, "is of no known kind")),
         });
     }
@@ -161,38 +194,61 @@ pub fn decode(kind: u8, flags: u8, payload: Vec<u8>) -> Result<Frame, DecodeErro
     if flags & !header::FLAG_LZ4 != 0 || (flags != 0 && known != Kind::Pages) {
         return Err(bad("any", "has unknown flags"));
     }
-    let empty = |frame: Frame| if payload.is_empty() { Ok(frame) } else { Err(bad("empty", "has a payload")) };
+    let empty = |frame: Frame| {
+        if payload.is_empty() {
+            Ok(frame)
+        } else {
+            Err(bad("empty", "has a payload"))
+        }
+    };
     match known {
         Kind::Heartbeat => empty(Frame::Heartbeat),
         Kind::Disarmed => empty(Frame::Disarmed),
         Kind::Hello => {
             let hello: super::hello::Hello = owned("hello", &payload)?;
-            hello.limits.validate().map_err(|_| bad("hello", "a limit is out of range"))?;
+            hello
+                .limits
+                .validate()
+                .map_err(|_| bad("hello", "a limit is out of range"))?;
             Ok(Frame::Hello(Box::new(hello)))
         }
         Kind::Accept => owned("accept", &payload).map(Frame::Accept),
         Kind::Refuse => owned("refuse", &payload).map(Frame::Refuse),
         Kind::Pages => pages(flags, payload),
         Kind::ZeroPages => {
-            let mut prefix = Prefix { kind: "zero pages", rest: &payload };
+            let mut prefix = Prefix {
+                kind: "zero pages",
+                rest: &payload,
+            };
             let (epoch, runs) = prefix.runs()?;
-            if prefix.rest.is_empty() { Ok(Frame::ZeroPages { epoch, runs }) } else { Err(bad("zero pages", "is too long")) }
+            if prefix.rest.is_empty() {
+                Ok(Frame::ZeroPages { epoch, runs })
+            } else {
+                Err(bad("zero pages", "is too long"))
+            }
         }
         Kind::Disk => disk(payload),
         Kind::Input => input(payload),
         Kind::Outputs => outputs(&payload),
         Kind::State => {
-            let mut prefix = Prefix { kind: "state", rest: &payload };
+            let mut prefix = Prefix {
+                kind: "state",
+                rest: &payload,
+            };
             let epoch = prefix.u64()?;
-            Ok(Frame::State { epoch, data: tail(payload, 8) })
+            Ok(Frame::State {
+                epoch,
+                data: tail(payload, 8),
+            })
         }
         Kind::End => owned("end", &payload).map(Frame::End),
         Kind::Ack => owned("ack", &payload).map(Frame::Ack),
         Kind::Disarm => owned("disarm", &payload).map(Frame::Disarm),
         Kind::Handover => owned("handover", &payload).map(Frame::Handover),
         Kind::HandedOver => owned("handed over", &payload).map(Frame::HandedOver),
-        Kind::HandoverFailed => owned("handover failed", &payload)
-            .map(|(generation, reason)| Frame::HandoverFailed { generation, reason }),
+        Kind::HandoverFailed => {
+            owned("handover failed", &payload).map(|(generation, reason)| Frame::HandoverFailed { generation, reason })
+        }
         Kind::Bye => owned("bye", &payload).map(Frame::Bye),
         Kind::Limits => limits(&payload).map(Frame::Limits),
     }

@@ -61,8 +61,25 @@ impl Kind {
     pub fn from_byte(byte: u8) -> Option<Self> {
         use Kind::*;
         const ALL: [Kind; 19] = [
-            Heartbeat, Hello, Accept, Refuse, Pages, ZeroPages, Disk, Input, Outputs, State, End, Ack, Disarm,
-            Disarmed, Handover, HandedOver, HandoverFailed, Bye, Limits,
+            Heartbeat,
+            Hello,
+            Accept,
+            Refuse,
+            Pages,
+            ZeroPages,
+            Disk,
+            Input,
+            Outputs,
+            State,
+            End,
+            Ack,
+            Disarm,
+            Disarmed,
+            Handover,
+            HandedOver,
+            HandoverFailed,
+            Bye,
+            Limits,
         ];
         ALL.into_iter().find(|kind| *kind as u8 == byte)
     }
@@ -184,19 +201,37 @@ pub struct OutFrame<'a> {
 impl<'a> OutFrame<'a> {
     fn new(kind: Kind, flags: u8, head: Vec<u8>, body: Cow<'a, [u8]>) -> Self {
         let crc = crc32c::crc32c_append(crc32c::crc32c(&head), &body);
-        Self { kind, flags, head, body, crc }
+        Self {
+            kind,
+            flags,
+            head,
+            body,
+            crc,
+        }
     }
 
     fn postcard<T: Serialize>(kind: Kind, value: &T) -> Self {
         // Serialising plain data into memory cannot fail; an empty payload would be refused by the other side.
-        Self::new(kind, 0, postcard::to_stdvec(value).unwrap_or_default(), Cow::Borrowed(&[]))
+        Self::new(
+            kind,
+            0,
+            postcard::to_stdvec(value).unwrap_or_default(),
+            Cow::Borrowed(&[]),
+        )
     }
 
     /// The header, with what is known only when the frame is sent.
     pub fn header(&self, seq: u64, mark: u64, stamp: u64) -> [u8; header::SIZE] {
         let len = (self.head.len() + self.body.len()) as u32;
-        let header =
-            header::Header { kind: self.kind as u8, flags: self.flags, seq, mark, stamp, len, payload_crc: self.crc };
+        let header = header::Header {
+            kind: self.kind as u8,
+            flags: self.flags,
+            seq,
+            mark,
+            stamp,
+            len,
+            payload_crc: self.crc,
+        };
         header.encode()
     }
 
@@ -265,12 +300,18 @@ pub fn disk_change(epoch: u64, disk: u16, change: DiskChange) -> Vec<OutFrame<'s
         }
         DiskChange::Write { offset, data } => {
             let piece = |(i, part): (usize, &[u8])| {
-                frame(head(DISK_WRITE, offset + (i * MAX_PIECE) as u64, part.len() as u64), part.to_vec())
+                frame(
+                    head(DISK_WRITE, offset + (i * MAX_PIECE) as u64, part.len() as u64),
+                    part.to_vec(),
+                )
             };
             data.chunks(MAX_PIECE).enumerate().map(piece).collect()
         }
         DiskChange::Zero { offset, len, unmap } => {
-            vec![frame(head(if unmap { DISK_UNMAP } else { DISK_ZERO }, offset, len), Vec::new())]
+            vec![frame(
+                head(if unmap { DISK_UNMAP } else { DISK_ZERO }, offset, len),
+                Vec::new(),
+            )]
         }
         DiskChange::Flush => vec![frame(head(DISK_FLUSH, 0, 0), Vec::new())],
     }
@@ -327,17 +368,22 @@ pub fn encode(frame: &Frame) -> Vec<OutFrame<'static>> {
         Frame::Hello(hello) => one(OutFrame::postcard(Kind::Hello, hello)),
         Frame::Accept(node) => one(OutFrame::postcard(Kind::Accept, node)),
         Frame::Refuse(refusal) => one(OutFrame::postcard(Kind::Refuse, refusal)),
-        Frame::Pages { epoch, runs, data } => {
-            one(OutFrame::new(Kind::Pages, 0, run_list(*epoch, runs), Cow::Owned(data.clone())))
-        }
+        Frame::Pages { epoch, runs, data } => one(OutFrame::new(
+            Kind::Pages,
+            0,
+            run_list(*epoch, runs),
+            Cow::Owned(data.clone()),
+        )),
         Frame::ZeroPages { epoch, runs } => one(zero_pages(*epoch, runs)),
         Frame::Disk { epoch, disk, change } => disk_change(*epoch, *disk, change.clone()),
-        Frame::Input { epoch, input: Input::Frame { nic, data } } => one(input_frame(*epoch, *nic, data)),
+        Frame::Input {
+            epoch,
+            input: Input::Frame { nic, data },
+        } => one(input_frame(*epoch, *nic, data)),
         Frame::Outputs { epoch, outputs: list } => outputs(*epoch, list).0,
         Frame::State { epoch, data } => {
-            let piece = |part: &[u8]| {
-                OutFrame::new(Kind::State, 0, epoch.to_le_bytes().to_vec(), Cow::Owned(part.to_vec()))
-            };
+            let piece =
+                |part: &[u8]| OutFrame::new(Kind::State, 0, epoch.to_le_bytes().to_vec(), Cow::Owned(part.to_vec()));
             data.chunks(MAX_PIECE).map(piece).collect()
         }
         Frame::End(marker) => one(OutFrame::postcard(Kind::End, marker)),

@@ -31,22 +31,62 @@ pub fn compare(offered: &Identity, ours: &Identity) -> Result<(), Refusal> {
         }
     };
     let size = |i: &Identity| i.memory.iter().map(|(_, size)| size).sum::<u64>();
-    differ("version_mismatch", "the VMM version", offered.vmm_version.clone(), ours.vmm_version.clone());
-    differ("memory_size_mismatch", "memory size", bytes(size(offered)), bytes(size(ours)));
+    differ(
+        "version_mismatch",
+        "the VMM version",
+        offered.vmm_version.clone(),
+        ours.vmm_version.clone(),
+    );
+    differ(
+        "memory_size_mismatch",
+        "memory size",
+        bytes(size(offered)),
+        bytes(size(ours)),
+    );
     if size(offered) == size(ours) {
         differ("memory_layout_mismatch", "memory layout", layout(offered), layout(ours));
     }
-    differ("vcpus_mismatch", "the vCPU count", offered.vcpus.to_string(), ours.vcpus.to_string());
-    differ("tsc_mismatch", "the TSC frequency", khz(offered.tsc_khz), khz(ours.tsc_khz));
+    differ(
+        "vcpus_mismatch",
+        "the vCPU count",
+        offered.vcpus.to_string(),
+        ours.vcpus.to_string(),
+    );
+    differ(
+        "tsc_mismatch",
+        "the TSC frequency",
+        khz(offered.tsc_khz),
+        khz(ours.tsc_khz),
+    );
     let (primary, backup) = features(offered, ours);
     differ("cpu_features_mismatch", "CPU feature word set", primary, backup);
-    differ("nics_mismatch", "the number of network devices", offered.nics.to_string(), ours.nics.to_string());
-    differ("disks_mismatch", "the number of disks", offered.disks.len().to_string(), ours.disks.len().to_string());
+    differ(
+        "nics_mismatch",
+        "the number of network devices",
+        offered.nics.to_string(),
+        ours.nics.to_string(),
+    );
+    differ(
+        "disks_mismatch",
+        "the number of disks",
+        offered.disks.len().to_string(),
+        ours.disks.len().to_string(),
+    );
     for (theirs, mine) in offered.disks.iter().zip(&ours.disks) {
         differ("disks_mismatch", "a disk's id", theirs.id.clone(), mine.id.clone());
-        differ("disk_size_mismatch", &format!("size of disk {}", theirs.id), bytes(theirs.size), bytes(mine.size));
+        differ(
+            "disk_size_mismatch",
+            &format!("size of disk {}", theirs.id),
+            bytes(theirs.size),
+            bytes(mine.size),
+        );
         let access = |readonly: bool| if readonly { "read-only" } else { "writable" }.to_string();
-        differ("disks_mismatch", &format!("disk {}", theirs.id), access(theirs.readonly), access(mine.readonly));
+        differ(
+            "disks_mismatch",
+            &format!("disk {}", theirs.id),
+            access(theirs.readonly),
+            access(mine.readonly),
+        );
     }
     let Some((code, _)) = found.first() else { return Ok(()) };
     let code = code.to_string();
@@ -56,7 +96,11 @@ pub fn compare(offered: &Identity, ours: &Identity) -> Result<(), Refusal> {
 }
 
 fn bytes(n: u64) -> String {
-    if n % (1 << 20) == 0 { format!("{} MiB", n >> 20) } else { format!("{n} bytes") }
+    if n % (1 << 20) == 0 {
+        format!("{} MiB", n >> 20)
+    } else {
+        format!("{n} bytes")
+    }
 }
 
 fn khz(n: u32) -> String {
@@ -64,7 +108,11 @@ fn khz(n: u32) -> String {
 }
 
 fn layout(identity: &Identity) -> String {
-    let regions: Vec<String> = identity.memory.iter().map(|(gpa, size)| format!("{gpa:#x}+{size:#x}")).collect();
+    let regions: Vec<String> = identity
+        .memory
+        .iter()
+        .map(|(gpa, size)| format!("{gpa:#x}+{size:#x}"))
+        .collect();
     regions.join(" ")
 }
 
@@ -73,7 +121,11 @@ fn features(offered: &Identity, ours: &Identity) -> (String, String) {
     let only = |a: &Identity, b: &Identity| {
         let words = a.cpu_features.iter().filter(|word| !b.cpu_features.contains(word));
         let words: Vec<String> = words.map(|(name, value)| format!("{name} = {value:#x}")).collect();
-        if words.is_empty() { "without more".to_string() } else { words.join(", ") }
+        if words.is_empty() {
+            "without more".to_string()
+        } else {
+            words.join(", ")
+        }
     };
     (only(offered, ours), only(ours, offered))
 }
@@ -92,14 +144,27 @@ mod tests {
             vcpus: 2,
             cpu_features: vec![("leaf 1 ecx".into(), 1), ("leaf 7 ebx".into(), 2)],
             tsc_khz: 1000,
-            disks: vec![DiskIdentity { id: "_disk0".into(), size: 1 << 20, readonly: false }],
+            disks: vec![DiskIdentity {
+                id: "_disk0".into(),
+                size: 1 << 20,
+                readonly: false,
+            }],
             nics: 1,
         }
     }
 
     #[test]
     fn equal_identities_pair_whatever_their_paths() {
-        assert_eq!(compare(&identity(), &Identity { config: "{\"x\":1}".into(), ..identity() }), Ok(()));
+        assert_eq!(
+            compare(
+                &identity(),
+                &Identity {
+                    config: "{\"x\":1}".into(),
+                    ..identity()
+                }
+            ),
+            Ok(())
+        );
     }
 
     #[test]

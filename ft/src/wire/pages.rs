@@ -31,7 +31,12 @@ pub struct Gain {
 
 impl Default for Gain {
     fn default() -> Self {
-        Self { link: None, speed: 500e6, ratio: 0.5, until_probe: 0 }
+        Self {
+            link: None,
+            speed: 500e6,
+            ratio: 0.5,
+            until_probe: 0,
+        }
     }
 }
 
@@ -169,7 +174,10 @@ fn batches(runs: &[PageRun]) -> Vec<Vec<PageRun>> {
         while rest.count > 0 {
             let count = rest.count.min(room);
             batch.push(PageRun { gpa: rest.gpa, count });
-            rest = PageRun { gpa: rest.gpa + count * PAGE_SIZE as u64, count: rest.count - count };
+            rest = PageRun {
+                gpa: rest.gpa + count * PAGE_SIZE as u64,
+                count: rest.count - count,
+            };
             room -= count;
             if room == 0 {
                 all.push(std::mem::take(&mut batch));
@@ -190,7 +198,10 @@ mod tests {
     use crate::wire::frame::Frame;
 
     fn run(page: u64, count: u64) -> PageRun {
-        PageRun { gpa: page * PAGE_SIZE as u64, count }
+        PageRun {
+            gpa: page * PAGE_SIZE as u64,
+            count,
+        }
     }
 
     /// Encodes and decodes; returns the memory that the other side has.

@@ -47,7 +47,13 @@ pub struct FrameReader<R> {
 impl<R: Read> FrameReader<R> {
     /// Reads from `stream`, whose next frame must have number 0.
     pub fn new(stream: R) -> Self {
-        Self { stream, buffer: vec![0; BUFFER].into(), start: 0, end: 0, next_seq: 0 }
+        Self {
+            stream,
+            buffer: vec![0; BUFFER].into(),
+            start: 0,
+            end: 0,
+            next_seq: 0,
+        }
     }
 
     /// The stream.
@@ -87,18 +93,33 @@ impl<R: Read> FrameReader<R> {
         bytes.copy_from_slice(&self.buffer[self.start..self.start + header::SIZE]);
         let header = header::Header::decode(&bytes)?;
         if header.seq != self.next_seq {
-            return Err(DecodeError::Sequence { found: header.seq, expected: self.next_seq }.into());
+            return Err(DecodeError::Sequence {
+                found: header.seq,
+                expected: self.next_seq,
+            }
+            .into());
         }
         self.next_seq += 1;
         self.start += header::SIZE;
         let payload = self.payload(header.len as usize, heard)?;
         let computed = crc32c::crc32c(&payload);
         if computed != header.payload_crc {
-            return Err(DecodeError::PayloadChecksum { found: header.payload_crc, computed }.into());
+            return Err(DecodeError::PayloadChecksum {
+                found: header.payload_crc,
+                computed,
+            }
+            .into());
         }
         let size = header::SIZE + payload.len();
         let frame = decode(header.kind, header.flags, payload)?;
-        Ok((Envelope { mark: header.mark, stamp: header.stamp, size }, frame))
+        Ok((
+            Envelope {
+                mark: header.mark,
+                stamp: header.stamp,
+                size,
+            },
+            frame,
+        ))
     }
 
     fn payload(&mut self, len: usize, heard: &mut dyn FnMut()) -> Result<Vec<u8>, ReadError> {

@@ -49,9 +49,10 @@ impl Relay {
                 near.set_nonblocking(false).unwrap();
                 let Ok(far) = TcpStream::connect(&target) else { continue };
                 lock(&sockets).extend([near.try_clone().unwrap(), far.try_clone().unwrap()]);
-                for (mut from, mut to, damaging) in
-                    [(near.try_clone().unwrap(), far.try_clone().unwrap(), true), (far, near, false)]
-                {
+                for (mut from, mut to, damaging) in [
+                    (near.try_clone().unwrap(), far.try_clone().unwrap(), true),
+                    (far, near, false),
+                ] {
                     to.set_nodelay(true).unwrap();
                     let (stalled, damage, relayed) = (stalled.clone(), damage.clone(), relayed.clone());
                     std::thread::spawn(move || {
@@ -151,7 +152,15 @@ impl Bed {
         let events: Seen = Arc::default();
         let backup = receive(&host, &dir, &events, None);
         let relay = Relay::new(&backup.address());
-        Self { dir, vm, host, backup: Some(backup), relay, primary: None, events }
+        Self {
+            dir,
+            vm,
+            host,
+            backup: Some(backup),
+            relay,
+            primary: None,
+            events,
+        }
     }
 
     fn arbiter(&self, side: &str) -> PathBuf {
@@ -161,7 +170,11 @@ impl Bed {
     /// The arbiter is out of reach for a side, or within reach again.
     pub fn arbiter_reachable(&self, side: &str, reachable: bool) {
         let path = self.arbiter(side);
-        if reachable { symlink("store", path).unwrap() } else { std::fs::remove_file(path).unwrap() }
+        if reachable {
+            symlink("store", path).unwrap()
+        } else {
+            std::fs::remove_file(path).unwrap()
+        }
     }
 
     pub fn config(&self) -> FtEnableConfig {
@@ -217,7 +230,10 @@ impl Bed {
         let live = self.host.live().unwrap();
         let committed = self.backup().info().committed as usize;
         let history = lock(&self.vm.history);
-        assert!(live.contents() == history[committed - 1], "state differs from checkpoint {committed}");
+        assert!(
+            live.contents() == history[committed - 1],
+            "state differs from checkpoint {committed}"
+        );
         live
     }
 }

@@ -58,8 +58,16 @@ pub fn identity(id: &str) -> Identity {
         cpu_features: vec![("leaf 1 ecx".into(), 7)],
         tsc_khz: 1000,
         disks: vec![
-            DiskIdentity { id: "_disk0".into(), size: 64 * BLOCK, readonly: false },
-            DiskIdentity { id: "_disk1".into(), size: 8 * BLOCK, readonly: true },
+            DiskIdentity {
+                id: "_disk0".into(),
+                size: 64 * BLOCK,
+                readonly: false,
+            },
+            DiskIdentity {
+                id: "_disk1".into(),
+                size: 8 * BLOCK,
+                readonly: true,
+            },
         ],
         nics: 2,
     }
@@ -69,7 +77,14 @@ impl FakeVm {
     pub fn new(identity: Identity) -> Arc<Self> {
         let ram: u64 = identity.memory.iter().map(|(_, size)| size).sum();
         let disks = identity.disks.iter().map(|d| vec![0; d.size as usize]).collect();
-        Self::with(identity, Contents { ram: vec![0; ram as usize], disks, counter: 0 })
+        Self::with(
+            identity,
+            Contents {
+                ram: vec![0; ram as usize],
+                disks,
+                counter: 0,
+            },
+        )
     }
 
     pub fn with(identity: Identity, contents: Contents) -> Arc<Self> {
@@ -140,7 +155,10 @@ impl FakeVm {
                 contents.counter
             };
             vm.poke(0, &n.to_le_bytes());
-            vm.output(Output::Frame { nic: 0, data: n.to_le_bytes().to_vec() });
+            vm.output(Output::Frame {
+                nic: 0,
+                data: n.to_le_bytes().to_vec(),
+            });
             n
         })
     }
@@ -155,7 +173,12 @@ impl FakeVm {
     }
 
     pub fn print(&self, text: &str) {
-        self.run(|vm| vm.output(Output::Console { console: 0, data: text.into() }));
+        self.run(|vm| {
+            vm.output(Output::Console {
+                console: 0,
+                data: text.into(),
+            })
+        });
     }
 
     /// The guest receives a frame and keeps it in RAM.
@@ -173,7 +196,13 @@ impl FakeVm {
         self.run(|vm| {
             lock(&vm.contents).disks[0][offset as usize..][..data.len()].copy_from_slice(data);
             match lock(&vm.interposer).clone() {
-                Some(i) => i.log_disk(0, DiskChange::Write { offset, data: data.to_vec() }),
+                Some(i) => i.log_disk(
+                    0,
+                    DiskChange::Write {
+                        offset,
+                        data: data.to_vec(),
+                    },
+                ),
                 None => {
                     let last = (offset + data.len() as u64 - 1) / BLOCK;
                     lock(&vm.blocks)[0].extend(offset / BLOCK..=last);
@@ -187,7 +216,14 @@ impl FakeVm {
         self.run(|vm| {
             lock(&vm.contents).disks[0][offset as usize..][..len as usize].fill(0);
             match lock(&vm.interposer).clone() {
-                Some(i) => i.log_disk(0, DiskChange::Zero { offset, len, unmap: true }),
+                Some(i) => i.log_disk(
+                    0,
+                    DiskChange::Zero {
+                        offset,
+                        len,
+                        unmap: true,
+                    },
+                ),
                 None => lock(&vm.blocks)[0].extend(offset / BLOCK..=(offset + len - 1) / BLOCK),
             }
         });
@@ -240,7 +276,10 @@ impl Protected for FakeVm {
 
     fn harvest_dirty(&self, out: &mut Vec<PageRun>) -> Result<(), MachineError> {
         let pages = std::mem::take(&mut *lock(&self.dirty));
-        out.extend(pages.into_iter().map(|page| PageRun { gpa: page * PAGE as u64, count: 1 }));
+        out.extend(pages.into_iter().map(|page| PageRun {
+            gpa: page * PAGE as u64,
+            count: 1,
+        }));
         Ok(())
     }
 
@@ -350,7 +389,10 @@ impl ShadowHost for HostRef {
         let identity = lock(&self.0.identity).clone().unwrap_or_else(|| offered.clone());
         let vm = FakeVm::new(identity);
         lock(&vm.contents).disks[0].fill(*lock(&self.0.old_disk));
-        Ok(Box::new(FakeShadow { vm, host: self.0.clone() }))
+        Ok(Box::new(FakeShadow {
+            vm,
+            host: self.0.clone(),
+        }))
     }
 }
 

@@ -25,10 +25,17 @@ fn check_outside(bed: &Bed) {
     let (sent, again) = (bed.vm.sent(), live.sent());
     let counter = live.contents().counter;
     assert!(sent.iter().copied().eq(1..=sent.len() as u64));
-    assert!(sent.len() as u64 <= counter, "saw {} of a VM that counts {counter}", sent.len());
+    assert!(
+        sent.len() as u64 <= counter,
+        "saw {} of a VM that counts {counter}",
+        sent.len()
+    );
     // What was committed leaves from here if it had not left there.
     let missing = sent.len() as u64 + 1..=counter;
-    assert!(missing.clone().all(|n| again.contains(&n)), "{missing:?} not in {again:?}");
+    assert!(
+        missing.clone().all(|n| again.contains(&n)),
+        "{missing:?} not in {again:?}"
+    );
     assert!(again.is_sorted() && again.iter().all(|n| *n <= counter));
 }
 
@@ -40,7 +47,11 @@ fn a_lost_primary_is_taken_over_exactly_at_its_last_commit() {
         std::thread::sleep(Duration::from_millis(round * 3));
         // It cannot win, and cannot even ask: as good as dead, but its VM's history can be compared.
         bed.arbiter_reachable("p", false);
-        if round % 2 == 0 { bed.relay.cut() } else { bed.relay.stall(true) }
+        if round % 2 == 0 {
+            bed.relay.cut()
+        } else {
+            bed.relay.stall(true)
+        }
         bed.wait_backup(FtState::Solo);
         bed.wait_primary(FtState::WaitingForArbiter);
         check_outside(&bed);
@@ -76,7 +87,12 @@ fn inputs_of_the_lost_epoch_are_given_again_in_order() {
     bed.relay.cut();
     bed.wait_backup(FtState::Solo);
     let live = bed.check_takeover();
-    let expected: Vec<Input> = (0..50u8).map(|n| Input::Frame { nic: 1, data: vec![n; 100] }).collect();
+    let expected: Vec<Input> = (0..50u8)
+        .map(|n| Input::Frame {
+            nic: 1,
+            data: vec![n; 100],
+        })
+        .collect();
     assert_eq!(*lock(&live.replayed), expected);
 }
 
@@ -95,7 +111,13 @@ fn outputs_that_were_committed_but_had_not_left_leave_from_the_backup() {
     let live = bed.check_takeover();
     // It is not told when the primary could still tell that they left; both are right (frames may come twice).
     let again = lock(&live.wire).clone();
-    assert!(again.is_empty() || again.contains(&Output::Frame { nic: 0, data: n.to_le_bytes().to_vec() }));
+    assert!(
+        again.is_empty()
+            || again.contains(&Output::Frame {
+                nic: 0,
+                data: n.to_le_bytes().to_vec()
+            })
+    );
 }
 
 #[test]
@@ -104,7 +126,11 @@ fn a_primary_that_loses_its_backup_goes_solo_by_the_arbiter() {
         let mut bed = Bed::new(FakeVm::new(identity("vm")));
         let (quit, guest) = busy_bed(&mut bed);
         bed.arbiter_reachable("b", false);
-        if silent { bed.relay.stall(true) } else { bed.relay.cut() }
+        if silent {
+            bed.relay.stall(true)
+        } else {
+            bed.relay.cut()
+        }
         bed.wait_primary(FtState::Solo);
         bed.wait_backup(FtState::WaitingForArbiter);
         assert!(bed.backup().disable().is_err());
@@ -129,7 +155,10 @@ fn when_both_ask_exactly_one_goes_on() {
         bed.relay.cut();
         eventually("a decision", || {
             let (p, b) = (bed.primary().info().state, bed.backup().info().state);
-            matches!((p, b), (FtState::Solo, FtState::Stopped) | (FtState::Stopped, FtState::Solo))
+            matches!(
+                (p, b),
+                (FtState::Solo, FtState::Stopped) | (FtState::Stopped, FtState::Solo)
+            )
         });
         quit.store(true, Ordering::SeqCst);
         guest.join().unwrap();

@@ -51,10 +51,22 @@ fn a_busy_vm_is_protected_and_its_outputs_leave_in_order() {
     eventually("all outputs", || bed.vm.sent().len() as u64 == count);
     assert!(bed.vm.sent().iter().copied().eq(1..=count));
     let info = bed.primary().info();
-    assert_eq!((info.progress.ram_bytes_total, info.progress.disk_bytes_total), (128 * PAGE as u64, 64 * BLOCK));
-    assert_eq!((info.progress.ram_bytes_remaining, info.progress.disk_bytes_remaining), (0, 0));
+    assert_eq!(
+        (info.progress.ram_bytes_total, info.progress.disk_bytes_total),
+        (128 * PAGE as u64, 64 * BLOCK)
+    );
+    assert_eq!(
+        (info.progress.ram_bytes_remaining, info.progress.disk_bytes_remaining),
+        (0, 0)
+    );
     assert!(info.progress.ram_bytes_sent >= info.progress.ram_bytes_total);
-    for stat in [info.pause_ms, info.epoch_ms, info.commit_ms, info.epoch_bytes, info.added_latency_ms] {
+    for stat in [
+        info.pause_ms,
+        info.epoch_ms,
+        info.commit_ms,
+        info.epoch_bytes,
+        info.added_latency_ms,
+    ] {
         assert!(stat.last > 0.0 && stat.mean > 0.0 && stat.p99 > 0.0, "{info:?}");
     }
     let other = bed.backup().info();
@@ -66,7 +78,11 @@ fn a_busy_vm_is_protected_and_its_outputs_leave_in_order() {
     assert!(!*lock(&bed.vm.tracking) && lock(&bed.vm.interposer).is_none() && !bed.vm.is_paused());
     bed.vm.count_and_send();
     assert_eq!(bed.vm.sent().last(), Some(&(count + 1)));
-    let states: Vec<String> = lock(&bed.events).iter().filter(|(s, _)| s == "primary").map(|(_, e)| e.clone()).collect();
+    let states: Vec<String> = lock(&bed.events)
+        .iter()
+        .filter(|(s, _)| s == "primary")
+        .map(|(_, e)| e.clone())
+        .collect();
     assert_eq!(states, ["syncing", "protected", "protected", "disabled"]);
 }
 
@@ -102,7 +118,10 @@ fn an_idle_vm_answers_fast() {
         })
         .collect();
     times.sort_by(f64::total_cmp);
-    eprintln!("added latency through a relay: p50 {:.3} ms, p99 {:.3} ms", times[150], times[297]);
+    eprintln!(
+        "added latency through a relay: p50 {:.3} ms, p99 {:.3} ms",
+        times[150], times[297]
+    );
     // Generous: the machine that runs the tests is busy with others. Sleep-polling or waiting for the longest epoch
     // (20 ms) would show.
     assert!(times[150] < 10.0, "p50 {} ms", times[150]);
@@ -119,7 +138,11 @@ fn a_planned_failover_loses_nothing() {
     bed.primary().failover().unwrap();
     guest.join().unwrap();
     assert_eq!(bed.primary().info().state, FtState::Stopped);
-    assert!(bed.vm.stop_reason().unwrap().contains("handed over"), "{:?}", bed.vm.stop_reason());
+    assert!(
+        bed.vm.stop_reason().unwrap().contains("handed over"),
+        "{:?}",
+        bed.vm.stop_reason()
+    );
     bed.wait_backup(FtState::Solo);
     let live = bed.check_takeover();
     assert_eq!(live.contents(), bed.vm.contents());
@@ -148,11 +171,20 @@ fn a_failed_handover_leaves_the_vm_here() {
 fn limits_change_while_it_runs_and_bad_ones_are_refused() {
     let mut bed = Bed::new(FakeVm::new(identity("vm")));
     bed.protect();
-    let patch = FtLimitsPatch { max_epoch_ms: Some(5), heartbeat_timeout_ms: Some(400), ..Default::default() };
+    let patch = FtLimitsPatch {
+        max_epoch_ms: Some(5),
+        heartbeat_timeout_ms: Some(400),
+        ..Default::default()
+    };
     bed.primary().configure(&patch).unwrap();
     assert_eq!(bed.primary().info().limits.max_epoch_ms, 5);
-    eventually("the backup's limits", || bed.backup().info().limits.heartbeat_timeout_ms == 400);
-    let bad = FtLimitsPatch { max_epoch_ms: Some(0), ..Default::default() };
+    eventually("the backup's limits", || {
+        bed.backup().info().limits.heartbeat_timeout_ms == 400
+    });
+    let bad = FtLimitsPatch {
+        max_epoch_ms: Some(0),
+        ..Default::default()
+    };
     let error = bed.primary().configure(&bad).unwrap_err();
     assert_eq!((error.status(), error.code()), (400, "ft_limit_out_of_range"));
     assert_eq!(bed.primary().info().limits.max_epoch_ms, 5);
@@ -183,7 +215,11 @@ fn a_slow_backup_slows_the_guest_down_and_never_drops_protection() {
     let held: u64 = guest.join().unwrap();
     assert!(held * 50_000 < 4 << 20, "{held} frames in 150 ms without any commit");
     eventually("release", || lock(&bed.vm.wire).len() as u64 == held);
-    assert!(lock(&bed.vm.wire).iter().all(|o| matches!(o, Output::Frame { data, .. } if data.len() == 50_000)));
+    assert!(
+        lock(&bed.vm.wire)
+            .iter()
+            .all(|o| matches!(o, Output::Frame { data, .. } if data.len() == 50_000))
+    );
     assert_eq!(bed.primary().info().state, FtState::Protected);
     assert!(lock(&bed.vm.throttled).iter().any(|percent| *percent < 100));
 }

@@ -21,7 +21,11 @@ fn a_backup_of_another_shape_refuses_by_name_and_goes_on_listening() {
     let error = bed.try_enable(bed.config()).err().unwrap();
     assert_eq!((error.status(), error.code()), (409, "memory_size_mismatch"));
     let text = error.to_string();
-    for part in ["the vCPU count is 2 on the primary and 4 here", "memory size", "size of disk _disk0"] {
+    for part in [
+        "the vCPU count is 2 on the primary and 4 here",
+        "memory size",
+        "size of disk _disk0",
+    ] {
         assert!(text.contains(part), "{text}");
     }
     assert!(!*lock(&bed.vm.tracking) && !bed.vm.is_paused());
@@ -36,7 +40,9 @@ fn a_second_primary_is_refused_without_harm_to_the_first() {
     let mut bed = Bed::new(FakeVm::new(identity("vm")));
     bed.protect();
     let other = FakeVm::new(identity("other"));
-    let error = ft::enable(other, bed.config(), std::sync::Arc::new(|_| ())).err().unwrap();
+    let error = ft::enable(other, bed.config(), std::sync::Arc::new(|_| ()))
+        .err()
+        .unwrap();
     assert_eq!((error.status(), error.code()), (409, "backup_busy"));
     bed.vm.count_and_send();
     crate::bed::eventually("output", || bed.vm.sent() == [1]);
@@ -90,12 +96,27 @@ fn bad_requests_are_named() {
         (error.status(), error.code().to_string())
     };
     assert_eq!(code(&|c| c.arbiter = None), (400, "ft_no_arbiter".into()));
-    assert_eq!(code(&|c| c.arbiter = Some("zk:x".into())), (400, "ft_bad_arbiter".into()));
-    assert_eq!(code(&|c| c.arbiter = Some("file:/no/such".into())), (502, "ft_arbiter_unreachable".into()));
+    assert_eq!(
+        code(&|c| c.arbiter = Some("zk:x".into())),
+        (400, "ft_bad_arbiter".into())
+    );
+    assert_eq!(
+        code(&|c| c.arbiter = Some("file:/no/such".into())),
+        (502, "ft_arbiter_unreachable".into())
+    );
     assert_eq!(code(&|c| c.peer = "b:1".into()), (400, "ft_bad_address".into()));
-    assert_eq!(code(&|c| c.peer = "tcp:192.0.2.1:1".into()), (400, "ft_insecure".into()));
-    assert_eq!(code(&|c| c.peer = "unix:/no/such".into()), (502, "ft_peer_unreachable".into()));
-    assert_eq!(code(&|c| c.limits.heartbeat_timeout_ms = 1), (400, "ft_limit_out_of_range".into()));
+    assert_eq!(
+        code(&|c| c.peer = "tcp:192.0.2.1:1".into()),
+        (400, "ft_insecure".into())
+    );
+    assert_eq!(
+        code(&|c| c.peer = "unix:/no/such".into()),
+        (502, "ft_peer_unreachable".into())
+    );
+    assert_eq!(
+        code(&|c| c.limits.heartbeat_timeout_ms = 1),
+        (400, "ft_limit_out_of_range".into())
+    );
     assert!(!*lock(&bed.vm.tracking));
 }
 

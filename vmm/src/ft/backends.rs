@@ -48,6 +48,46 @@ impl<T: ?Sized> Slot<T> {
     }
 }
 
+/// Longest wait for a backend that cannot take a frame at the moment. Then the frame is dropped, as a network does.
+const TRANSMIT_PATIENCE_MS: i32 = 20;
+
+/// Transmits a frame whose epoch is committed.
+pub fn transmit_or_drop(backend: &mut dyn NetBackend, frame: &[u8]) {
+    for attempt in 0..2 {
+        match backend.transmit(&[IoSlice::new(frame)]) {
+            Ok(()) => return,
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock && attempt == 0 => {
+                let mut fd = libc::pollfd {
+                    fd: backend.poll_fd(),
+                    events: libc::POLLOUT,
+                    revents: 0,
+                };
+                // SAFETY: one valid pollfd; the backend keeps its descriptor open.
+                unsafe { libc::poll(&mut fd, 1, TRANSMIT_PATIENCE_MS) };
+            }
+            Err(e) => return log::debug!("ft: a released frame is dropped: {e}"),
+        }
+    }
+}
+
+impl Slot<dyn NetBackend> {
+    /// Transmits a frame that was held, past the wrapper.
+    pub fn transmit_now(&self, frame: &[u8]) {
+        // A backend that was taken out has no more held frames: they were released before.
+        let _ = self.with(|backend| transmit_or_drop(backend, frame));
+    }
+}
+
+impl Slot<dyn ConsoleBackend> {
+    /// Writes bytes that were held, past the wrapper.
+    pub fn write_now(&self, bytes: &[u8]) {
+        match self.with(|backend| backend.write(bytes)) {
+            Ok(Ok(())) => {}
+            Ok(Err(e)) | Err(e) => log::debug!("ft: released console output is dropped: {e}"),
+        }
+    }
+}
+
 /// Copies `frame` into `bufs`; as much as there is room for. Returns the bytes copied.
 fn scatter(frame: &[u8], bufs: &mut [IoSliceMut<'_>]) -> usize {
     let mut rest = frame;
@@ -149,10 +189,13 @@ impl NetBackend for ReplayNet {
     }
 
     fn receive(&mut self, bufs: &mut [IoSliceMut<'_>]) -> io::Result<usize> {
-        match self.frames.pop_front() {
-            Some(frame) => Ok(scatter(&frame, bufs)),
-            None => self.inner.receive(bufs),
+        let room: usize = bufs.iter().map(|b| b.len()).sum();
+        while let Some(frame) = self.frames.pop_front() {
+            if frame.len() <= room {
+                return Ok(scatter(&frame, bufs));
+            }
         }
+        self.inner.receive(bufs)
     }
 
     fn poll_fd(&self) -> RawFd {
@@ -252,7 +295,14 @@ impl BlockBackend for TrackedBlock {
             self.started.insert(tag, range);
         }
         // SAFETY: the caller's promise about the iovecs is passed on unchanged.
-        self.inner.with(|inner| unsafe { inner.submit(tag, op, iovecs) })?
+        let started = self
+            .inner
+            .with(|inner| unsafe { inner.submit(tag, op, iovecs) })
+            .and_then(|started| started);
+        if started.is_err() {
+            self.started.remove(&tag);
+        }
+        started
     }
 
     fn completions(&mut self, out: &mut Vec<BlockCompletion>) {
@@ -276,13 +326,19 @@ impl BlockBackend for TrackedBlock {
 
 /// Logs changes. The bytes are copied out of guest memory once, and that copy is both logged and written, so that both
 /// disks get the same bytes even when the guest changes its buffer meanwhile.
+///
+/// The log is applied in its order. A real disk serves requests that are under way in any order, so a change that
+/// overlaps one under way waits for it: both disks then end up with the later one, as the log says.
 pub struct LoggedBlock {
     inner: Slot<dyn BlockBackend>,
     size: u64,
     event_fd: RawFd,
     interposer: Arc<Interposer>,
     disk: u16,
+    /// Bytes of writes under way.
     bounced: HashMap<u64, Box<[u8]>>,
+    /// (offset, length) of changes under way, by tag.
+    changing: HashMap<u64, (u64, u64)>,
 }
 
 impl LoggedBlock {
@@ -294,6 +350,7 @@ impl LoggedBlock {
     ) -> (Self, Slot<dyn BlockBackend>) {
         let (size, event_fd) = (inner.size(), inner.event_fd());
         let slot = Slot::new(inner);
+        let (bounced, changing) = (HashMap::new(), HashMap::new());
         (
             Self {
                 inner: slot.clone(),
@@ -301,11 +358,41 @@ impl LoggedBlock {
                 event_fd,
                 interposer,
                 disk,
-                bounced: HashMap::new(),
+                bounced,
+                changing,
             },
             slot,
         )
     }
+
+    fn wait_for_overlapping(&mut self, offset: u64, len: u64) -> io::Result<()> {
+        let overlaps = |(o, l): &(u64, u64)| offset < o + l && *o < offset + len;
+        if self.changing.values().any(overlaps) {
+            self.inner.with(|inner| inner.drain())??;
+            // All are done; their completions are still to be fetched.
+            self.changing.clear();
+        }
+        Ok(())
+    }
+}
+
+/// Copies the bytes of a write out of guest memory.
+///
+/// # Safety
+/// Every iovec must be mapped and readable.
+unsafe fn copy_out(iovecs: &[libc::iovec]) -> Vec<u8> {
+    let mut data: Vec<u8> = Vec::with_capacity(total(iovecs) as usize);
+    for v in iovecs {
+        let at = data.len();
+        data.reserve(v.iov_len);
+        // SAFETY: the caller promises that the iovec is readable, and room for it was just reserved. The guest may
+        // change the bytes meanwhile, which is its own race; they are only copied, never interpreted.
+        unsafe {
+            std::ptr::copy_nonoverlapping(v.iov_base.cast::<u8>(), data.as_mut_ptr().add(at), v.iov_len);
+            data.set_len(at + v.iov_len);
+        }
+    }
+    data
 }
 
 impl BlockBackend for LoggedBlock {
@@ -314,46 +401,6 @@ impl BlockBackend for LoggedBlock {
     }
 
     unsafe fn submit(&mut self, tag: u64, op: BlockOp, iovecs: &[libc::iovec]) -> io::Result<()> {
-        let change = match op {
-            BlockOp::Write { offset } => {
-                let mut data = Vec::with_capacity(total(iovecs) as usize);
-                for v in iovecs {
-                    // SAFETY: the caller promises that the iovec is mapped and readable until completion. The guest may
-                    // change the bytes meanwhile, which is its own race; they are only copied, never interpreted.
-                    unsafe {
-                        let at = data.len();
-                        data.reserve(v.iov_len);
-                        std::ptr::copy_nonoverlapping(v.iov_base.cast::<u8>(), data.as_mut_ptr().add(at), v.iov_len);
-                        data.set_len(at + v.iov_len);
-                    }
-                }
-                let bounce: Box<[u8]> = data.as_slice().into();
-                let iovec = libc::iovec {
-                    iov_base: bounce.as_ptr() as *mut libc::c_void,
-                    iov_len: bounce.len(),
-                };
-                self.bounced.insert(tag, bounce);
-                // SAFETY: the boxed bytes stay where they are until the completion of `tag` removes them.
-                let started = self
-                    .inner
-                    .with(|inner| unsafe { inner.submit(tag, op, &[iovec]) })
-                    .flatten();
-                if let Err(e) = started {
-                    self.bounced.remove(&tag);
-                    return Err(e);
-                }
-                self.interposer.log_disk(self.disk, DiskChange::Write { offset, data });
-                return Ok(());
-            }
-            BlockOp::WriteZeroes { offset, len, unmap } => Some(DiskChange::Zero { offset, len, unmap }),
-            BlockOp::Discard { offset, len } => Some(DiskChange::Zero {
-                offset,
-                len,
-                unmap: true,
-            }),
-            BlockOp::Flush => Some(DiskChange::Flush),
-            BlockOp::Read { .. } => None,
-        };
         // What a discarded range reads as is the backend's choice; with two copies it must be the same on both.
         let op = match op {
             BlockOp::Discard { offset, len } => BlockOp::WriteZeroes {
@@ -363,8 +410,38 @@ impl BlockBackend for LoggedBlock {
             },
             op => op,
         };
-        // SAFETY: the caller's promise about the iovecs is passed on unchanged.
-        self.inner.with(|inner| unsafe { inner.submit(tag, op, iovecs) })??;
+        let range = changed_range(op, total(iovecs));
+        if let Some((offset, len)) = range {
+            self.wait_for_overlapping(offset, len)?;
+        }
+        let mut bounce = None;
+        let change = match op {
+            BlockOp::Write { offset } => {
+                // SAFETY: the caller promises that the iovecs stay valid until completion.
+                let data = unsafe { copy_out(iovecs) };
+                bounce = Some(data.clone().into_boxed_slice());
+                Some(DiskChange::Write { offset, data })
+            }
+            BlockOp::WriteZeroes { offset, len, unmap } => Some(DiskChange::Zero { offset, len, unmap }),
+            BlockOp::Flush => Some(DiskChange::Flush),
+            BlockOp::Read { .. } | BlockOp::Discard { .. } => None,
+        };
+        let started = match &bounce {
+            Some(bytes) => {
+                let iovec = libc::iovec {
+                    iov_base: bytes.as_ptr() as *mut libc::c_void,
+                    iov_len: bytes.len(),
+                };
+                // SAFETY: the boxed bytes are kept in `bounced` until the completion of `tag`; moving the box does not
+                // move them. A write only reads them.
+                self.inner.with(|inner| unsafe { inner.submit(tag, op, &[iovec]) })
+            }
+            // SAFETY: the caller's promise about the iovecs is passed on unchanged.
+            None => self.inner.with(|inner| unsafe { inner.submit(tag, op, iovecs) }),
+        };
+        started??;
+        self.bounced.extend(bounce.map(|bytes| (tag, bytes)));
+        self.changing.extend(range.map(|range| (tag, range)));
         if let Some(change) = change {
             self.interposer.log_disk(self.disk, change);
         }
@@ -376,11 +453,14 @@ impl BlockBackend for LoggedBlock {
         let _ = self.inner.with(|inner| inner.completions(out));
         for completion in &out[first..] {
             self.bounced.remove(&completion.tag);
+            self.changing.remove(&completion.tag);
         }
     }
 
     fn drain(&mut self) -> io::Result<()> {
-        self.inner.with(|inner| inner.drain())?
+        self.inner.with(|inner| inner.drain())??;
+        self.changing.clear();
+        Ok(())
     }
 
     fn event_fd(&self) -> RawFd {
@@ -448,5 +528,98 @@ mod tests {
         out.clear();
         changed.take(5 * TRACKED_BLOCK, &mut out);
         assert!(out.is_empty());
+    }
+
+    /// Requests finish only when drained.
+    struct Lazy {
+        under_way: Vec<u64>,
+        finished: Vec<u64>,
+        drains: Arc<Mutex<Vec<Vec<u64>>>>,
+    }
+
+    impl BlockBackend for Lazy {
+        fn size(&self) -> u64 {
+            1 << 20
+        }
+
+        unsafe fn submit(&mut self, tag: u64, _op: BlockOp, _iovecs: &[libc::iovec]) -> io::Result<()> {
+            self.under_way.push(tag);
+            Ok(())
+        }
+
+        fn completions(&mut self, out: &mut Vec<BlockCompletion>) {
+            out.extend(
+                self.finished
+                    .drain(..)
+                    .map(|tag| BlockCompletion { tag, result: Ok(0) }),
+            );
+        }
+
+        fn drain(&mut self) -> io::Result<()> {
+            let done = std::mem::take(&mut self.under_way);
+            lock(&self.drains).push(done.clone());
+            self.finished.extend(done);
+            Ok(())
+        }
+
+        fn event_fd(&self) -> RawFd {
+            -1
+        }
+    }
+
+    #[derive(Default)]
+    struct Log(Mutex<Vec<DiskChange>>);
+
+    impl ft::interposer::LogSink for Log {
+        fn input_frame(&self, _epoch: u64, _nic: u16, _data: &[u8]) -> u64 {
+            0
+        }
+
+        fn disk_change(&self, _epoch: u64, _disk: u16, change: DiskChange) -> u64 {
+            lock(&self.0).push(change);
+            0
+        }
+    }
+
+    #[test]
+    fn a_change_waits_for_the_one_under_way_that_it_overlaps() {
+        let (log, drains) = (Arc::new(Log::default()), Arc::new(Mutex::new(Vec::new())));
+        let lazy = Lazy {
+            under_way: Vec::new(),
+            finished: Vec::new(),
+            drains: drains.clone(),
+        };
+        let interposer = Interposer::new(1, 1 << 20, log.clone(), Arc::new(|| ()));
+        let (mut disk, _) = LoggedBlock::wrap(Box::new(lazy), interposer, 0);
+        let bytes = [7u8; 1024];
+        let iovec = libc::iovec {
+            iov_base: bytes.as_ptr() as *mut libc::c_void,
+            iov_len: bytes.len(),
+        };
+        let mut submit = |tag, op, iovecs: &[libc::iovec]| {
+            // SAFETY: `bytes` outlives the disk's use of it.
+            unsafe { disk.submit(tag, op, iovecs) }.unwrap();
+        };
+        submit(1, BlockOp::Write { offset: 0 }, &[iovec]);
+        submit(2, BlockOp::Write { offset: 1024 }, &[iovec]);
+        submit(3, BlockOp::Read { offset: 0 }, &[iovec]);
+        submit(4, BlockOp::Flush, &[]);
+        assert!(lock(&drains).is_empty());
+        submit(5, BlockOp::Discard { offset: 2047, len: 1 }, &[]);
+        assert_eq!(*lock(&drains), [vec![1, 2, 3, 4]]);
+        submit(6, BlockOp::Write { offset: 0 }, &[iovec]);
+        assert_eq!(lock(&drains).len(), 1);
+        let mut done = Vec::new();
+        disk.completions(&mut done);
+        assert_eq!(done.iter().map(|c| c.tag).collect::<Vec<_>>(), [1, 2, 3, 4]);
+        disk.drain().unwrap();
+        let zero = DiskChange::Zero {
+            offset: 2047,
+            len: 1,
+            unmap: true,
+        };
+        let logged = lock(&log.0);
+        assert_eq!(logged.len(), 5);
+        assert_eq!((&logged[2], &logged[3]), (&DiskChange::Flush, &zero));
     }
 }

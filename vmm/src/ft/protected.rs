@@ -5,7 +5,6 @@
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
@@ -43,7 +42,7 @@ pub struct ProtectedVm {
     vm: Arc<Vm>,
     disks: Vec<DiskSide>,
     wraps: Mutex<Wraps>,
-    run_percent: Arc<AtomicU8>,
+    throttle: Arc<Throttle>,
 }
 
 /// What both sides must agree on, of this VM on this host.
@@ -89,7 +88,10 @@ impl ProtectedVm {
             vm,
             disks,
             wraps: Mutex::default(),
-            run_percent: Arc::new(AtomicU8::new(100)),
+            throttle: Arc::new(Throttle(Mutex::new(ThrottleState {
+                percent: 100,
+                running: false,
+            }))),
         }))
     }
 
@@ -109,10 +111,14 @@ impl ProtectedVm {
 }
 
 /// Keeps the guest standing still for a share of the time as long as `run_percent` is below 100.
-fn throttle_thread(vm: Weak<Vm>, run_percent: Arc<AtomicU8>) {
+fn throttle_thread(vm: Weak<Vm>, throttle: Arc<Throttle>) {
     loop {
-        let percent = u32::from(run_percent.load(Ordering::Relaxed).clamp(1, 100));
-        if percent == 100 {
+        let percent = {
+            let mut state = lock(&throttle.0);
+            state.running = state.percent < 100;
+            u32::from(state.percent)
+        };
+        if percent >= 100 {
             return;
         }
         let Some(vm) = vm.upgrade() else { return };
@@ -123,6 +129,14 @@ fn throttle_thread(vm: Weak<Vm>, run_percent: Arc<AtomicU8>) {
         drop(vm);
         std::thread::sleep(run);
     }
+}
+
+/// The guest's share of the time, and whether the thread that sees to it runs.
+struct Throttle(Mutex<ThrottleState>);
+
+struct ThrottleState {
+    percent: u8,
+    running: bool,
 }
 
 impl Protected for ProtectedVm {
@@ -271,16 +285,18 @@ impl Protected for ProtectedVm {
     }
 
     fn throttle(&self, run_percent: u8) {
-        let before = self.run_percent.swap(run_percent.clamp(1, 100), Ordering::Relaxed);
-        if before >= 100 && run_percent < 100 {
-            let (vm, percent) = (Arc::downgrade(&self.vm), self.run_percent.clone());
-            let started = std::thread::Builder::new()
-                .name("ft-throttle".into())
-                .spawn(move || throttle_thread(vm, percent));
-            if let Err(e) = started {
-                log::error!("ft: the guest cannot be slowed down: {e}");
-                self.run_percent.store(100, Ordering::Relaxed);
-            }
+        let mut state = lock(&self.throttle.0);
+        state.percent = run_percent.clamp(1, 100);
+        if state.percent == 100 || state.running {
+            return;
+        }
+        let (vm, throttle) = (Arc::downgrade(&self.vm), self.throttle.clone());
+        let started = std::thread::Builder::new()
+            .name("ft-throttle".into())
+            .spawn(move || throttle_thread(vm, throttle));
+        match started {
+            Ok(_) => state.running = true,
+            Err(e) => log::error!("ft: the guest cannot be slowed down: {e}"),
         }
     }
 

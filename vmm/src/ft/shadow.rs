@@ -7,13 +7,14 @@ use std::fs::{File, OpenOptions};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
 
 use api::VmConfig;
 use ft::config::FtReceiveConfig;
-use ft::machine::{DiskChange, Identity, Input, MachineError, PAGE_SIZE, Protected, Refusal, Shadow, ShadowHost};
+use ft::machine::{
+    DiskChange, Identity, Input, MachineError, Output, PAGE_SIZE, Protected, Refusal, Shadow, ShadowHost, Takeover,
+};
 
-use super::backends::ReplayNet;
+use super::backends::{ReplayNet, transmit_or_drop};
 use super::protected::{ProtectedVm, identity, machine_error};
 use crate::state::VmState;
 use crate::vm::{Holder, Vm, VmContext};
@@ -157,6 +158,48 @@ fn zero_range(file: &File, offset: u64, len: u64, unmap: bool) -> std::io::Resul
     Ok(())
 }
 
+/// Lets outputs of committed epochs leave, in order for each device.
+fn send_held(vm: &Vm, outputs: Vec<Output>) {
+    let devices = vm.devices();
+    let mut frames: Vec<Vec<Vec<u8>>> = vec![Vec::new(); devices.nets().len()];
+    let mut text: Vec<Vec<u8>> = vec![Vec::new(); devices.consoles().len()];
+    for output in outputs {
+        match output {
+            Output::Frame { nic, data } => {
+                if let Some(frames) = frames.get_mut(usize::from(nic)) {
+                    frames.push(data);
+                }
+            }
+            Output::Console { console, data } => {
+                if let Some(text) = text.get_mut(usize::from(console)) {
+                    text.extend(data);
+                }
+            }
+        }
+    }
+    for (net, frames) in devices
+        .nets()
+        .iter()
+        .zip(frames)
+        .filter(|(_, frames)| !frames.is_empty())
+    {
+        net.exchange(|mut inner| {
+            for frame in &frames {
+                transmit_or_drop(inner.as_mut(), frame);
+            }
+            inner
+        });
+    }
+    for (console, text) in devices.consoles().iter().zip(text).filter(|(_, text)| !text.is_empty()) {
+        console.exchange(|mut inner| {
+            if let Err(e) = inner.write(&text) {
+                log::warn!("ft: console output of the primary is lost: {e}");
+            }
+            inner
+        });
+    }
+}
+
 impl VmShadow {
     fn checked_disk(&self, disk: u16, offset: u64, len: u64) -> Result<&File, MachineError> {
         let index = usize::from(disk);
@@ -208,18 +251,13 @@ impl Shadow for VmShadow {
         }
     }
 
-    fn activate(
-        self: Box<Self>,
-        state: &[u8],
-        elapsed: Duration,
-        inputs: Vec<Input>,
-    ) -> Result<Arc<dyn Protected>, MachineError> {
-        let state: VmState = postcard::from_bytes(state).map_err(machine_error)?;
+    fn activate(self: Box<Self>, takeover: Takeover) -> Result<Arc<dyn Protected>, MachineError> {
+        let state: VmState = postcard::from_bytes(&takeover.state).map_err(machine_error)?;
         let vm = self.vm;
-        vm.set_state(&state, elapsed.as_nanos().min(u128::from(u64::MAX)) as u64)
-            .map_err(machine_error)?;
+        let elapsed = takeover.elapsed.as_nanos().min(u128::from(u64::MAX)) as u64;
+        vm.set_state(&state, elapsed).map_err(machine_error)?;
         let mut frames: Vec<Vec<Vec<u8>>> = vec![Vec::new(); vm.devices().nets().len()];
-        for Input::Frame { nic, data } in inputs {
+        for Input::Frame { nic, data } in takeover.inputs {
             if let Some(frames) = frames.get_mut(usize::from(nic)) {
                 frames.push(data);
             }
@@ -231,8 +269,10 @@ impl Shadow for VmShadow {
             }
         }
         (self.adopt)(vm.clone());
+        // Switches learn where the addresses are now before the first frame leaves; then comes what the primary may not
+        // have sent; then the guest runs.
         vm.announce();
-        vm.start_restored().map_err(machine_error)?;
+        send_held(&vm, takeover.outputs);
         vm.resume(Holder::User).map_err(machine_error)?;
         let protected = ProtectedVm::new(vm)?;
         Ok(protected)
