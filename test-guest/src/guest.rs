@@ -257,9 +257,8 @@ fn serve(options: &Options, mut net: Net, mut context: Context, mut worker: Opti
             continue;
         }
         let now = clock.micros();
-        match interface.poll_at(instant(clock), &sockets) {
-            Some(at) => wake_at = wake_at.min(at.total_micros().max(0) as u64),
-            None => {}
+        if let Some(at) = interface.poll_at(instant(clock), &sockets) {
+            wake_at = wake_at.min(at.total_micros().max(0) as u64);
         }
         if waiting == Waiting::Naps {
             wake_at = wake_at.min(now + SHORT_NAP);

@@ -24,7 +24,7 @@ const MAPPABLE: u64 = 512 * GIB;
 /// The share of RAM that becomes heap: one in so many.
 const HEAP_SHARE: u64 = 3;
 const HEAP_MAX: u64 = 512 * MIB;
-const HEAP_MIN: u64 = 24 * MIB;
+const HEAP_MIN: u64 = 40 * MIB;
 const CMDLINE_MAX: usize = 4096;
 const MAP_MAX: usize = 128;
 

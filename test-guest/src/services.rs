@@ -38,8 +38,8 @@ struct Pool {
 
 const POOLS: [Pool; 5] = [
     pool(ECHO, 128 << 10, 128 << 10),
-    pool(SINK, 512 << 10, 16 << 10),
-    pool(SOURCE, 16 << 10, 512 << 10),
+    pool(SINK, 256 << 10, 16 << 10),
+    pool(SOURCE, 16 << 10, 256 << 10),
     pool(STORE, 64 << 10, 64 << 10),
     pool(CONTROL, 8 << 10, 8 << 10),
 ];
@@ -47,7 +47,7 @@ const POOLS: [Pool; 5] = [
 const fn pool(port: u16, receive: usize, send: usize) -> Pool {
     Pool {
         port,
-        first: 8,
+        first: 16,
         most: 32,
         receive,
         send,
@@ -67,7 +67,7 @@ impl Pool {
 }
 
 /// Places of each pool that should listen.
-const SPARE: usize = 4;
+const SPARE: usize = 8;
 /// A peer that does not answer for this long is given up.
 const TIMEOUT: Duration = Duration::from_secs(120);
 const KEEP_ALIVE: Duration = Duration::from_secs(30);

@@ -7,6 +7,7 @@
 use alloc::boxed::Box;
 use alloc::collections::VecDeque;
 use alloc::format;
+use alloc::string::String;
 use alloc::vec;
 use alloc::vec::Vec;
 
@@ -338,7 +339,7 @@ impl Store {
                 self.puts += 1;
                 format!("OK {}\n", written.place.seq)
             } else {
-                format!("ERR the disk cannot be written\n")
+                String::from("ERR the disk cannot be written\n")
             };
             self.answers.push(line(written.owner, &text));
         }
