@@ -389,7 +389,10 @@ impl Vcpu for KvmVcpu {
                 state.tsc_khz
             )));
         }
-        self.set_cpuid(&state.cpuid)?;
+        // A vCPU that has run (the VM is being reset) takes no other CPUID, and KVM minds even the same one.
+        if self.cpuid != state.cpuid {
+            self.set_cpuid(&state.cpuid)?;
+        }
         self.fd
             .set_mp_state(state.mp_state)
             .map_err(ioctl("set the MP state"))?;
