@@ -31,7 +31,7 @@ pub struct DiskFile {
     file: File,
     /// The same file for direct I/O; requests that are not aligned for that take `file`. The kernel keeps the two
     /// coherent: direct I/O writes back and drops the cached pages in its way.
-    direct: Option<File>,
+    pub(super) direct: Option<File>,
     alignment: usize,
     size: u64,
     block_size: u32,

@@ -79,7 +79,7 @@ fn request(chain: &Chain, kind: u32, sector: u64, limits: Limits) -> Request {
         _ => 0,
     };
     let offset = sector.saturating_mul(SECTOR);
-    let fits = data as u64 % SECTOR == 0 && data <= MAX_DATA && limits.holds(offset, data as u64);
+    let fits = (data as u64).is_multiple_of(SECTOR) && data <= MAX_DATA && limits.holds(offset, data as u64);
     match kind {
         T_IN | T_OUT if !fits => Request::Done(Status::IoError),
         T_OUT | T_DISCARD | T_WRITE_ZEROES if limits.readonly => Request::Done(Status::IoError),

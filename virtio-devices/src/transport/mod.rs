@@ -10,6 +10,8 @@
 
 pub(crate) mod common;
 pub mod persist;
+#[cfg(test)]
+mod tests;
 
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
