@@ -91,11 +91,13 @@ impl Progress {
         if self.json || (!self.terminal && self.last.is_some_and(|last| last.elapsed() < PLAIN_INTERVAL)) {
             return;
         }
-        self.last = Some(Instant::now());
         let text = match info.state {
+            // The first moments, before the size of anything is known.
+            FtState::Syncing if info.progress.ram_bytes_total == 0 => return,
             FtState::Syncing => text(&info.progress, self.terminal),
             state => state_name(state).into(),
         };
+        self.last = Some(Instant::now());
         let mut stderr = std::io::stderr().lock();
         // Progress that nobody can see changes nothing.
         let _ = if self.terminal {
