@@ -76,7 +76,7 @@ fn a_queue_that_cannot_be_fails_the_device() {
         (0x18, 2, 0x8000),
         (0x18, 2, 0),
         (0x20, 8, 0x1001),
-        (0x20, 8, u64::MAX & !0xf),
+        (0x20, 8, !0xf),
         (0x28, 8, 0x1000_0000),
         (0x28, 8, 0),
         (0x30, 8, 0xff_ffff_fffc),
