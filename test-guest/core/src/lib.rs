@@ -1,6 +1,7 @@
 //! The parts of the test guest that need no machine, so that their tests run on the host.
 //!
 //! - [`acpi`]: the tables that power and processors need
+//! - [`checksum`]: of TCP and UDP, for cards that offload it
 //! - [`cmdline`]: the kernel command line
 //! - [`control`]: requests of the control service, and its numbers as text
 //! - [`crc32c`]: the checksum of records
@@ -15,6 +16,7 @@ extern crate alloc;
 
 pub mod acpi;
 pub mod bytes;
+pub mod checksum;
 pub mod cmdline;
 pub mod control;
 pub mod crc32c;

@@ -161,13 +161,21 @@ impl Transport {
         Some(this)
     }
 
-    /// Takes those of `wanted` features that are offered (with VERSION_1 and EVENT_IDX); false if the device refuses.
-    pub fn negotiate(&mut self, wanted: u64) -> bool {
+    fn offered(&self) -> u64 {
         self.common.write32(DEVICE_FEATURE_SELECT, 0);
         let low = self.common.read32(DEVICE_FEATURE);
         self.common.write32(DEVICE_FEATURE_SELECT, 1);
-        let offered = u64::from(self.common.read32(DEVICE_FEATURE)) << 32 | u64::from(low);
-        self.features = offered & (wanted | F_VERSION_1 | F_EVENT_IDX);
+        u64::from(self.common.read32(DEVICE_FEATURE)) << 32 | u64::from(low)
+    }
+
+    /// The device offers a feature.
+    pub fn offers(&self, feature: u64) -> bool {
+        self.offered() & feature != 0
+    }
+
+    /// Takes those of `wanted` features that are offered (with VERSION_1 and EVENT_IDX); false if the device refuses.
+    pub fn negotiate(&mut self, wanted: u64) -> bool {
+        self.features = self.offered() & (wanted | F_VERSION_1 | F_EVENT_IDX);
         for (half, value) in [(0, self.features as u32), (1, (self.features >> 32) as u32)] {
             self.common.write32(DRIVER_FEATURE_SELECT, half);
             self.common.write32(DRIVER_FEATURE, value);
