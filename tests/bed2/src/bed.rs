@@ -111,6 +111,7 @@ impl Bed {
             None => temporary(&programs, &spec.name)?,
         };
         for dir in ["cmd-a", "cmd-b", "logs", "arbiter"] {
+            let _ = fs::remove_dir_all(out.join(dir));
             fs::create_dir_all(out.join(dir)).with_context(|| out.display().to_string())?;
         }
         end_with_signal();

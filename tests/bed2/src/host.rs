@@ -330,7 +330,7 @@ fn arguments(name: &str, spec: &HostSpec, joined: bool, places: &Places) -> Vec<
     add("display", "none".into());
     add("monitor", "none".into());
     add("serial", format!("file:{out}/logs/{name}-console.log"));
-    add("kernel", host.join("vmlinuz").display().to_string());
+    add("kernel", host.join("vmlinux").display().to_string());
     add("initrd", host.join("initrd").display().to_string());
     add(
         "append",

@@ -25,7 +25,7 @@ pub fn repository() -> PathBuf {
 /// The images of `scripts/images`; an error when they were not built.
 pub fn images() -> Result<PathBuf> {
     let dir = std::env::var_os("FT_IMAGES").map_or_else(|| repository().join("images"), PathBuf::from);
-    for file in ["host/vmlinuz", "host/initrd", "host/root.img", "guest/disk.img", "quick/initrd"] {
+    for file in ["host/vmlinux", "host/initrd", "host/root.img", "guest/disk.img", "quick/initrd"] {
         if !dir.join(file).is_file() {
             bail!("{} is missing: run scripts/images build", dir.join(file).display());
         }
