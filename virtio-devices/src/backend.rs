@@ -15,7 +15,7 @@ pub trait NetBackend: Send {
     fn transmit(&mut self, frame: &[IoSlice<'_>]) -> io::Result<()>;
     /// Fills `bufs` with one frame for the guest and returns its length. `WouldBlock`: none is waiting.
     fn receive(&mut self, bufs: &mut [IoSliceMut<'_>]) -> io::Result<usize>;
-    /// Readable when frames may be waiting.
+    /// Readable when frames may be waiting. Watched for edges: it is looked at again after `WouldBlock` alone.
     fn poll_fd(&self) -> RawFd;
     /// Frames wait inside the backend itself although `poll_fd` may not be readable.
     fn has_pending(&self) -> bool {
@@ -71,7 +71,8 @@ pub struct BlockCompletion {
 pub trait BlockBackend: Send {
     /// Size in bytes.
     fn size(&self) -> u64;
-    /// Starts a request, already checked to be within the disk.
+    /// Starts a request, already checked to be within the disk. At the latest, it starts in the next call of
+    /// [`BlockBackend::completions`], which follows each batch of submissions.
     ///
     /// # Safety
     /// Every iovec must stay valid (mapped, and for reads writable) until the completion of `tag` was returned.
@@ -81,7 +82,7 @@ pub trait BlockBackend: Send {
     /// Blocks until every submitted request has finished; their completions are then returned by
     /// [`BlockBackend::completions`].
     fn drain(&mut self) -> io::Result<()>;
-    /// Readable when completions wait.
+    /// Becomes readable when completions wait. Watched for edges, never read.
     fn event_fd(&self) -> RawFd;
 }
 

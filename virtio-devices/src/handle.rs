@@ -65,6 +65,7 @@ impl<M: Model> Handle<M> {
         core.holds = core.holds.saturating_sub(1);
         if core.holds == 0 {
             self.device.released.notify_all();
+            core.full_pass |= core.model.unfinished();
             if core.full_pass {
                 self.device.wake_worker();
             }
@@ -192,7 +193,8 @@ impl<M: Model> Handle<M> {
 }
 
 fn load_core<M: Model>(core: &mut Core<M>, state: &TransportState) -> Result<(), Error> {
-    if state.driver_features & !core.offered() != 0 && state.status & status::FEATURES_OK != 0 {
+    let settled = state.status & (status::FEATURES_OK | status::DRIVER_OK) != 0;
+    if state.driver_features & !core.offered() != 0 && settled {
         let missing = state.driver_features & !core.offered();
         return Err(Error::State(format!("features {missing:#x} are not offered here")));
     }

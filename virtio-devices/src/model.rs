@@ -85,6 +85,10 @@ pub trait Model: Send + 'static {
     fn serve(&mut self, io: &mut Io<'_>, ready: &mut Ready) -> Result<(), QueueError>;
     /// Finishes every started request and takes no more: the queues show all there is. The device may be inactive.
     fn quiesce(&mut self, io: &mut Io<'_>) -> Result<(), QueueError>;
+    /// Something is left to serve although nothing new may come: a device that goes on must look.
+    fn unfinished(&self) -> bool {
+        false
+    }
     /// The backend's descriptor, and whether the model waits for it to become writable.
     fn poll(&self) -> Option<(RawFd, bool)>;
     /// Gives the backend up.

@@ -397,6 +397,10 @@ impl Model for Block {
         io.finish(0)
     }
 
+    fn unfinished(&self) -> bool {
+        self.stalled
+    }
+
     fn poll(&self) -> Option<(RawFd, bool)> {
         self.backend.as_ref().map(|backend| (backend.event_fd(), false))
     }

@@ -552,3 +552,24 @@ proptest! {
         prop_assert_eq!(image.as_file().metadata().unwrap().len(), SIZE);
     }
 }
+
+#[test]
+fn a_queue_that_was_not_looked_at_to_its_end_is_looked_at_after_a_hold() {
+    let (block, log, _) = manual();
+    let mut driver = Driver::start(block, 0);
+    request(&mut driver, 0, 0, 0, &[(DATA, 512, true)]);
+    for _ in 1..QUEUE {
+        driver.make_available(0, 0);
+    }
+    driver.notify(0);
+    driver.wait_for("a full queue", |_| log.lock().unwrap().open.len() == usize::from(QUEUE));
+    driver.make_available(0, 0);
+    driver.notify(0);
+    driver.wait_for("a stalled queue", |driver| driver.handle.device.core().model.stalled);
+    // The manual backend raises no event when it is drained.
+    driver.handle.pause();
+    driver.handle.resume();
+    driver.wait_for("the last request", |_| {
+        log.lock().unwrap().started.len() == usize::from(QUEUE) + 1
+    });
+}

@@ -69,8 +69,9 @@ struct Space {
 /// A device as a PCI function.
 pub(crate) struct Device<M> {
     pub(crate) id: String,
-    pub(crate) memory: Arc<GuestMemory>,
+    /// Before `memory`: a backend may work on guest RAM until it is dropped.
     core: Mutex<Core<M>>,
+    pub(crate) memory: Arc<GuestMemory>,
     /// Others than the worker that wait for `core`.
     contenders: AtomicU32,
     /// Signalled when a hold on the device ends.
