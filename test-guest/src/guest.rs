@@ -25,6 +25,10 @@ const BURST: usize = 128;
 const NAP: u64 = 1_000_000;
 /// Longest sleep where only the timer interrupts, in microseconds.
 const SHORT_NAP: u64 = 500;
+/// After a sleep shorter than this, in microseconds, the next request is likely to come soon as well: the guest then looks
+/// at its queues for `LOOK` before it sleeps. A client that asks again at once finds it awake.
+const SHORT_SLEEP: u64 = 200;
+const LOOK: u64 = 100;
 /// Time for the worker between two polls where there is one processor, in microseconds.
 const WORK_SLICE: u64 = 100;
 /// How long an interrupt may take to come, in microseconds.
@@ -238,6 +242,8 @@ fn serve(options: &Options, mut net: Net, mut context: Context, mut worker: Opti
     let pending = cpu::counters(0).pending;
     // When the timer will fire.
     let mut armed = 0;
+    // The next request is likely to come soon.
+    let mut eager = false;
     loop {
         pending.store(0, Ordering::SeqCst);
         let mut worked = poll(&mut interface, &mut net, &mut sockets, &mut services, &mut context);
@@ -260,6 +266,9 @@ fn serve(options: &Options, mut net: Net, mut context: Context, mut worker: Opti
         if let Some(at) = interface.poll_at(instant(clock), &sockets) {
             wake_at = wake_at.min(at.total_micros().max(0) as u64);
         }
+        if eager && soon(clock, wake_at.min(now + LOOK), &net, &context) {
+            continue;
+        }
         if waiting == Waiting::Naps {
             wake_at = wake_at.min(now + SHORT_NAP);
         } else if listen(&mut net, &context) {
@@ -274,6 +283,7 @@ fn serve(options: &Options, mut net: Net, mut context: Context, mut worker: Opti
             armed = wake_at;
         }
         cpu::idle(pending);
+        eager = clock.micros() - now < SHORT_SLEEP;
         net.silence();
         if let Ok(store) = &context.store {
             store.silence();
@@ -281,6 +291,19 @@ fn serve(options: &Options, mut net: Net, mut context: Context, mut worker: Opti
         if let Some(rng) = &context.rng {
             rng.silence();
         }
+    }
+}
+
+/// Waits busily for something from the network or the disk, until `end`; true if something has come.
+fn soon(clock: &Clock, end: u64, net: &Net, context: &Context) -> bool {
+    loop {
+        if net.has_used() || context.store.as_ref().is_ok_and(Store::has_used) {
+            return true;
+        }
+        if clock.micros() >= end {
+            return false;
+        }
+        core::hint::spin_loop();
     }
 }
 

@@ -389,6 +389,11 @@ impl Store {
         self.block.listen()
     }
 
+    /// Requests have come back.
+    pub fn has_used(&self) -> bool {
+        self.block.has_used()
+    }
+
     /// See `Queue::silence`.
     pub fn silence(&self) {
         self.block.silence();

@@ -14,10 +14,13 @@ const KVM_TIMING: u32 = 0x4000_0010;
 const KVM_CLOCK: u32 = 1 << 3;
 const MSR_KVM_CLOCK: u32 = 0x4b56_4d01;
 
+/// The counter was set back if time seems to go back by more than this, in microseconds.
+const JUMP: u64 = 100_000;
+
 /// Time since boot by the time stamp counter; it never goes back.
 pub struct Clock {
     khz: u64,
-    start: u64,
+    start: AtomicU64,
     latest: AtomicU64,
     /// How the frequency was found.
     pub source: &'static str,
@@ -121,7 +124,7 @@ impl Clock {
         let (khz, source) = found.unwrap_or((1_000_000, "a guess"));
         Self {
             khz: khz.max(1),
-            start: cpu::tsc(),
+            start: AtomicU64::new(cpu::tsc()),
             latest: AtomicU64::new(0),
             source,
         }
@@ -134,11 +137,18 @@ impl Clock {
 
     /// Microseconds since boot.
     pub fn micros(&self) -> u64 {
-        let ticks = cpu::tsc().wrapping_sub(self.start);
-        // A counter that went back gives the latest time again.
+        let tsc = cpu::tsc();
+        let ticks = tsc.wrapping_sub(self.start.load(Ordering::Relaxed));
+        // A counter that is behind its start gives the latest time again.
         let ticks = if ticks > u64::MAX / 2 { 0 } else { ticks };
         let now = (u128::from(ticks) * 1000 / u128::from(self.khz)) as u64;
-        self.latest.fetch_max(now, Ordering::Relaxed).max(now)
+        let latest = self.latest.fetch_max(now, Ordering::Relaxed);
+        if now + JUMP < latest {
+            // The counter was set back, by a machine monitor that moved the guest: time goes on from where it was.
+            let ticks = (u128::from(latest) * u128::from(self.khz) / 1000) as u64;
+            self.start.store(tsc.wrapping_sub(ticks), Ordering::Relaxed);
+        }
+        latest.max(now)
     }
 
     /// Waits for `micros`, busily.

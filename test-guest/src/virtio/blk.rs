@@ -155,6 +155,11 @@ impl Block {
         self.queue.listen()
     }
 
+    /// Requests have come back.
+    pub fn has_used(&self) -> bool {
+        self.queue.has_used()
+    }
+
     /// See [`Queue::silence`].
     pub fn silence(&self) {
         self.queue.silence();

@@ -199,6 +199,11 @@ impl Net {
         more
     }
 
+    /// Frames have come.
+    pub fn has_used(&self) -> bool {
+        self.receive.queue.has_used()
+    }
+
     /// See [`Queue::silence`].
     pub fn silence(&self) {
         self.receive.queue.silence();
