@@ -8,11 +8,13 @@
 //! devices' locks are held together.
 
 use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::Read;
 use std::ops::Deref;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
-use api::{ConsoleConfig, DeviceNode, DeviceTree, DiskConfig, NetConfig, VmConfig, VmCounters};
+use api::{ConsoleConfig, DeviceNode, DeviceTree, DiskConfig, ImageType, NetConfig, VmConfig, VmCounters};
 use arch::layout;
 use devices::bus::{self, Bus};
 use devices::gate::Gate;
@@ -62,6 +64,19 @@ pub enum Error {
         id: String,
         /// Why not.
         source: std::io::Error,
+    },
+    /// A disk image of a format that is not offered.
+    #[error(
+        "disk {id}: {path} is a {format} image: convert it with `qemu-img convert -O raw`, or say image_type=raw when \
+         the guest itself is to see it so"
+    )]
+    Image {
+        /// Device id.
+        id: String,
+        /// Path of the image.
+        path: String,
+        /// Its format.
+        format: &'static str,
     },
     /// Too many devices.
     #[error("{0} devices: a PCI bus has room for {max}", max = root::MAX_DEVICES - 1)]
@@ -183,10 +198,29 @@ impl Slots<'_> {
     }
 }
 
+/// The format of a disk image that is none of raw, by its first bytes.
+fn foreign_format(path: &Path) -> Option<&'static str> {
+    let mut head = [0; 8];
+    let n = File::open(path).and_then(|mut f| f.read(&mut head)).unwrap_or(0);
+    match &head[..n] {
+        [b'Q', b'F', b'I', 0xfb, ..] => Some("qcow2"),
+        b"vhdxfile" => Some("VHDX"),
+        b"conectix" => Some("VHD"),
+        [b'K', b'D', b'M', b'V', ..] => Some("VMDK"),
+        _ => None,
+    }
+}
+
 fn open_disk(config: &DiskConfig, ram: &GuestRam, slots: &mut Slots<'_>) -> Result<Disk, Error> {
     let id = config.id.clone().unwrap_or_default();
     let failed = |source| Error::Device { id: id.clone(), source };
     let path = config.path.clone().unwrap_or_default();
+    if config.image_type != Some(ImageType::Raw)
+        && let Some(format) = foreign_format(&path)
+    {
+        let path = path.display().to_string();
+        return Err(Error::Image { id, path, format });
+    }
     let file = block::open(&DiskOptions {
         path: path.clone(),
         readonly: config.readonly,
@@ -303,7 +337,10 @@ impl DeviceManager {
         }
         let root = PciRoot::new(functions);
 
-        let (rtc, ged) = (Arc::new(Rtc::default()), Ged::new(ioapic.line(ged::IRQ), signals.clone()));
+        let (rtc, ged) = (
+            Arc::new(Rtc::default()),
+            Ged::new(ioapic.line(ged::IRQ), signals.clone()),
+        );
         let mut pio = Bus::new();
         pio.insert(serial::PORT, serial::PORTS, serial.clone())?;
         pio.insert(rtc::PORT, rtc::PORTS, rtc.clone())?;
@@ -412,7 +449,10 @@ impl DeviceManager {
         let mut result = Ok(());
         self.each(|d| {
             if let Err(source) = d.reset() {
-                result = Err(Error::Device { id: d.id().into(), source });
+                result = Err(Error::Device {
+                    id: d.id().into(),
+                    source,
+                });
             }
         });
         result?;
@@ -499,7 +539,10 @@ impl DeviceManager {
     /// Figures of disks and networks.
     pub fn counters(&self) -> VmCounters {
         let disks = self.disks.iter().map(|d| (d.id.clone(), d.counters.values()));
-        let nets = self.nets.iter().map(|n| (n.handle.id().to_string(), n.counters.values()));
+        let nets = self
+            .nets
+            .iter()
+            .map(|n| (n.handle.id().to_string(), n.counters.values()));
         disks.chain(nets).collect()
     }
 

@@ -1,10 +1,12 @@
 //! Snapshots: a directory with `config.json`, `state.json` and `memory-ranges`.
 //!
 //! Files are written under temporary names and renamed when they are whole, `state.json` last: a directory without it
-//! is no snapshot. Everything read back is checked; a damaged file gives an error.
+//! is no snapshot. Only their owner can read them, since they hold the guest's RAM. Everything read back is checked; a
+//! damaged file gives an error.
 
 use std::fs::{self, File};
 use std::io::{self, BufReader, BufWriter, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use api::VmConfig;
@@ -69,6 +71,7 @@ fn write_whole(dir: &Path, name: &str, write: impl FnOnce(&File) -> Result<(), E
         .write(true)
         .create(true)
         .truncate(true)
+        .mode(0o600)
         .open(&part)
         .map_err(io_error(&part))?;
     write(&file)?;
