@@ -14,7 +14,8 @@ use std::ops::Deref;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
-use api::{ConsoleConfig, DeviceNode, DeviceTree, DiskConfig, ImageType, NetConfig, VmConfig, VmCounters};
+use api::config::ImageType;
+use api::{ConsoleConfig, DeviceNode, DeviceTree, DiskConfig, NetConfig, VmConfig, VmCounters};
 use arch::layout;
 use devices::bus::{self, Bus};
 use devices::gate::Gate;

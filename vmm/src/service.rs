@@ -190,6 +190,15 @@ impl Vmm {
         }
     }
 
+    /// A VM that was stopped here (another VMM runs it now) still holds its disks and taps, which a shadow needs.
+    #[cfg(feature = "ft")]
+    fn drop_stopped_vm(&self) {
+        if self.vm().is_some_and(|vm| vm.stop_reason().is_some()) {
+            self.end_vm("this VMM becomes a backup");
+            lock(&self.slot).config = None;
+        }
+    }
+
     fn create(&self, config: VmConfig) -> Result<Response, ApiError> {
         if let Some(reason) = self.plugin.as_ref().and_then(|p| p.refuses_vm()) {
             return Err(error(409, "ft_backup", reason));
@@ -378,7 +387,12 @@ impl VmmService for Vmm {
             }
             #[cfg(feature = "ft")]
             request => match &self.plugin {
-                Some(plugin) => plugin.call(request, self.vm()),
+                Some(plugin) => {
+                    if matches!(request, Request::FtReceive(_)) {
+                        self.drop_stopped_vm();
+                    }
+                    plugin.call(request, self.vm())
+                }
                 None => Err(error(501, "ft_not_built", "this build has no fault tolerance")),
             },
         }
