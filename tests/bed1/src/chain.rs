@@ -114,12 +114,11 @@ impl<'a> Chain<'a> {
 
     /// Ends the loads that run and starts others on the same guest and store.
     pub fn change_loads(&mut self, options: &loads::Options) -> Result<()> {
-        let new = Loads::start(self.bed, &self.model, options)?;
-        let old = std::mem::replace(&mut self.loads, new);
-        // Ending the old loads turns the dirtier off.
-        let verdicts = old.stop()?;
-        self.loads.control.dirty(options.dirty.0, options.dirty.1)?;
-        self.take(verdicts)
+        // One after the other: the counter's client must be alone.
+        let verdicts = self.loads.drain()?;
+        self.take(verdicts)?;
+        self.loads = Loads::start(self.bed, &self.model, options)?;
+        Ok(())
     }
 
     fn take(&mut self, verdicts: Vec<Verdict>) -> Result<()> {
