@@ -1,0 +1,330 @@
+//! The log channel's format: round trips, and that nothing that arrives can make us panic or allocate without bound.
+
+#![allow(clippy::unwrap_used)]
+
+use ft::config::FtLimits;
+use ft::core::staging::Staging;
+use ft::machine::{DiskChange, DiskIdentity, Identity, Input, Output, PAGE_SIZE, PageRun, Refusal};
+use ft::wire::frame::{EndMarker, Frame, OutFrame, encode};
+use ft::wire::hello::Hello;
+use ft::wire::reader::{FrameReader, ReadError};
+use ft::wire::{DecodeError, MAX_PAYLOAD, MAX_PIECE, header};
+use proptest::collection::vec;
+use proptest::prelude::*;
+
+fn bytes(frame: &OutFrame<'_>, seq: u64, mark: u64, stamp: u64) -> Vec<u8> {
+    let (head, body) = frame.payload();
+    [&frame.header(seq, mark, stamp)[..], head, body].concat()
+}
+
+fn stream(frames: &[Frame]) -> Vec<u8> {
+    let out: Vec<OutFrame<'static>> = frames.iter().flat_map(encode).collect();
+    (0u64..)
+        .zip(&out)
+        .flat_map(|(seq, frame)| bytes(frame, seq, seq + 7, seq + 9))
+        .collect()
+}
+
+fn read_all(stream: &[u8]) -> (Vec<Frame>, ReadError) {
+    let mut reader = FrameReader::new(stream);
+    let mut frames = Vec::new();
+    loop {
+        match reader.next(&mut || ()) {
+            Ok((envelope, frame)) => {
+                assert_eq!(envelope.stamp, envelope.mark + 2);
+                frames.push(frame);
+            }
+            Err(e) => return (frames, e),
+        }
+    }
+}
+
+fn identity() -> impl Strategy<Value = Identity> {
+    let disk = ("[a-z]{1,8}", any::<u64>(), any::<bool>()).prop_map(|(id, size, readonly)| DiskIdentity {
+        id,
+        size,
+        readonly,
+    });
+    let feature = ("[a-z0-9. ]{1,20}", any::<u32>());
+    let memory = vec((any::<u64>(), any::<u64>()), 0..4);
+    let numbers = (any::<u32>(), any::<u32>(), any::<u32>());
+    (
+        "[a-z]{0,20}",
+        ".{0,50}",
+        memory,
+        vec(feature, 0..5),
+        vec(disk, 0..3),
+        numbers,
+    )
+        .prop_map(
+            |(vm_id, config, memory, cpu_features, disks, (vcpus, tsc_khz, nics))| Identity {
+                vm_id,
+                vmm_version: "1".into(),
+                config,
+                memory,
+                vcpus,
+                cpu_features,
+                tsc_khz,
+                disks,
+                nics,
+            },
+        )
+}
+
+fn runs(max: u64) -> impl Strategy<Value = Vec<PageRun>> {
+    vec(
+        (0u64..1 << 40, 1..=max).prop_map(|(page, count)| PageRun {
+            gpa: page * PAGE_SIZE as u64,
+            count,
+        }),
+        1..4,
+    )
+}
+
+fn change() -> impl Strategy<Value = DiskChange> {
+    prop_oneof![
+        (0u64..1 << 60, vec(any::<u8>(), 0..2000)).prop_map(|(offset, data)| DiskChange::Write { offset, data }),
+        (0u64..1 << 60, 0u64..1 << 60, any::<bool>()).prop_map(|(offset, len, unmap)| DiskChange::Zero {
+            offset,
+            len,
+            unmap
+        }),
+        Just(DiskChange::Flush),
+    ]
+}
+
+fn output() -> impl Strategy<Value = Output> {
+    let data = || vec(any::<u8>(), 1..300);
+    prop_oneof![
+        (any::<u16>(), data()).prop_map(|(nic, data)| Output::Frame { nic, data }),
+        (any::<u16>(), data()).prop_map(|(console, data)| Output::Console { console, data }),
+    ]
+}
+
+fn marker() -> impl Strategy<Value = EndMarker> {
+    vec(any::<u64>(), 8).prop_map(|n| EndMarker {
+        epoch: n[0],
+        pages: n[1],
+        zero_pages: n[2],
+        disk: n[3],
+        inputs: n[4],
+        outputs: n[5],
+        state_len: n[6],
+        age_ns: n[7],
+    })
+}
+
+fn frame() -> impl Strategy<Value = Frame> {
+    let limits = (1u32..10_000).prop_map(|n| FtLimits {
+        max_epoch_ms: n,
+        ..FtLimits::default()
+    });
+    prop_oneof![
+        Just(Frame::Heartbeat),
+        Just(Frame::Disarmed),
+        (identity(), any::<u64>(), limits.clone()).prop_map(|(identity, generation, limits)| {
+            let (node, arbiter, token) = ("n".into(), "file:/x".into(), "t".into());
+            Frame::Hello(Box::new(Hello {
+                node,
+                identity,
+                generation,
+                arbiter,
+                token,
+                limits,
+            }))
+        }),
+        ".{0,40}".prop_map(Frame::Accept),
+        (".{0,40}", ".{0,40}").prop_map(|(code, message)| Frame::Refuse(Refusal { code, message })),
+        (any::<u64>(), runs(3), any::<u8>()).prop_map(|(epoch, runs, fill)| {
+            let pages: u64 = runs.iter().map(|run| run.count).sum();
+            Frame::Pages {
+                epoch,
+                runs,
+                data: vec![fill; pages as usize * PAGE_SIZE],
+            }
+        }),
+        (any::<u64>(), runs(1 << 20)).prop_map(|(epoch, runs)| Frame::ZeroPages { epoch, runs }),
+        (any::<u64>(), any::<u16>(), change()).prop_map(|(epoch, disk, change)| Frame::Disk { epoch, disk, change }),
+        (any::<u64>(), any::<u16>(), vec(any::<u8>(), 0..2000)).prop_map(|(epoch, nic, data)| Frame::Input {
+            epoch,
+            input: Input::Frame { nic, data }
+        }),
+        (any::<u64>(), vec(output(), 1..5)).prop_map(|(epoch, outputs)| Frame::Outputs { epoch, outputs }),
+        (any::<u64>(), vec(any::<u8>(), 1..2000)).prop_map(|(epoch, data)| Frame::State { epoch, data }),
+        marker().prop_map(Frame::End),
+        any::<u64>().prop_map(Frame::Ack),
+        any::<u64>().prop_map(Frame::Handover),
+        any::<u64>().prop_map(Frame::HandedOver),
+        (any::<u64>(), ".{0,40}").prop_map(|(generation, reason)| Frame::HandoverFailed { generation, reason }),
+        ".{0,40}".prop_map(Frame::Disarm),
+        ".{0,40}".prop_map(Frame::Bye),
+        limits.prop_map(Frame::Limits),
+    ]
+}
+
+proptest! {
+    #[test]
+    fn frames_come_back_as_they_were(frames in vec(frame(), 1..8)) {
+        let (back, end) = read_all(&stream(&frames));
+        prop_assert_eq!(back, frames);
+        prop_assert!(matches!(end, ReadError::Closed));
+    }
+
+    #[test]
+    fn a_flipped_bit_is_always_found(frames in vec(frame(), 1..4), at in any::<prop::sample::Index>(), bit in 0u8..8) {
+        let mut damaged = stream(&frames);
+        let at = at.index(damaged.len());
+        damaged[at] ^= 1 << bit;
+        let (back, end) = read_all(&damaged);
+        // Whole frames before the damage are as they were; the damaged one and what follows never comes out.
+        prop_assert!(back.len() < frames.iter().map(|f| encode(f).len()).sum::<usize>());
+        prop_assert!(matches!(end, ReadError::Decode(_)), "{}", end);
+    }
+
+    #[test]
+    fn a_cut_stream_gives_a_prefix(frames in vec(frame(), 1..4), at in any::<prop::sample::Index>()) {
+        let whole = stream(&frames);
+        let (back, end) = read_all(&whole[..at.index(whole.len())]);
+        prop_assert!(frames.starts_with(&back));
+        prop_assert!(matches!(end, ReadError::Closed));
+    }
+
+    #[test]
+    fn random_bytes_are_no_frame(noise in vec(any::<u8>(), 0..5000)) {
+        prop_assert!(read_all(&noise).0.is_empty());
+    }
+
+    /// A peer whose checksums are right but whose payloads are nonsense.
+    #[test]
+    fn random_payloads_never_panic(kind in any::<u8>(), flags in 0u8..3, payload in vec(any::<u8>(), 0..500)) {
+        let _ = ft::wire::decode::decode(kind, flags, payload);
+    }
+
+    #[test]
+    fn damaged_payloads_never_panic(frame in frame(), at in any::<prop::sample::Index>(), byte in any::<u8>()) {
+        for out in encode(&frame) {
+            let (head, body) = out.payload();
+            let mut payload = [head, body].concat();
+            if !payload.is_empty() {
+                let at = at.index(payload.len());
+                payload[at] = byte;
+            }
+            let _ = ft::wire::decode::decode(out.kind() as u8, 0, payload);
+        }
+    }
+
+    /// Frames of a broken primary: the staging area refuses, and never holds more than the VM can have.
+    #[test]
+    fn staging_stays_within_its_bounds(frames in vec(frame(), 1..60)) {
+        let identity = Identity {
+            vm_id: "vm".into(),
+            vmm_version: "1".into(),
+            config: String::new(),
+            memory: vec![(0, 1 << 45)],
+            vcpus: 1,
+            cpu_features: Vec::new(),
+            tsc_khz: 0,
+            disks: vec![DiskIdentity { id: "d".into(), size: 1 << 61, readonly: false }],
+            nics: 1,
+        };
+        let mut staging = Staging::new(&identity, 4096);
+        let mut logged = 0;
+        for frame in frames {
+            let one = 1;
+            let taken = match frame {
+                Frame::Pages { runs, data, .. } => staging.pages(one, runs, data).is_ok(),
+                Frame::ZeroPages { runs, .. } => staging.zero_pages(one, &runs).is_ok(),
+                Frame::Disk { disk, change, .. } => {
+                    let size = if let DiskChange::Write { data, .. } = &change { data.len() } else { 0 };
+                    let taken = staging.disk(one, disk % 2, change).is_ok();
+                    logged += if taken { size } else { 0 };
+                    taken
+                }
+                Frame::End(marker) => staging.end(&EndMarker { epoch: one, ..marker }).is_ok(),
+                _ => false,
+            };
+            let _ = taken;
+            prop_assert!(logged <= 4096);
+        }
+    }
+}
+
+#[test]
+fn long_things_are_cut_into_pieces_and_come_back_whole() {
+    let data: Vec<u8> = (0..MAX_PIECE * 5 / 2).map(|n| n as u8).collect();
+    let frames = [
+        Frame::Disk {
+            epoch: 3,
+            disk: 1,
+            change: DiskChange::Write {
+                offset: 512,
+                data: data.clone(),
+            },
+        },
+        Frame::State {
+            epoch: 3,
+            data: data.clone(),
+        },
+        Frame::Outputs {
+            epoch: 3,
+            outputs: vec![Output::Console {
+                console: 0,
+                data: data.clone(),
+            }],
+        },
+    ];
+    let (mut disk, mut state, mut console) = (Vec::new(), Vec::new(), Vec::new());
+    for frame in read_all(&stream(&frames)).0 {
+        match frame {
+            Frame::Disk {
+                change: DiskChange::Write { offset, data },
+                ..
+            } => {
+                assert_eq!(offset, 512 + disk.len() as u64);
+                disk.extend(data);
+            }
+            Frame::State { data, .. } => state.extend(data),
+            Frame::Outputs { outputs, .. } => {
+                for output in outputs {
+                    let Output::Console { data, .. } = output else { panic!() };
+                    console.extend(data);
+                }
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+    assert!(disk == data && state == data && console == data);
+}
+
+#[test]
+fn what_a_peer_can_make_us_allocate_is_bounded() {
+    // A header that announces more than a frame can have, with right checksums.
+    let header = header::Header {
+        kind: 1,
+        flags: 0,
+        seq: 0,
+        mark: 0,
+        stamp: 0,
+        len: u32::MAX,
+        payload_crc: 0,
+    };
+    let (_, error) = read_all(&header.encode());
+    assert!(matches!(error, ReadError::Decode(DecodeError::TooLong(u32::MAX))));
+    // A small compressed frame that says it is 64 GiB.
+    let mut payload = 7u64.to_le_bytes().to_vec();
+    payload.extend(1u32.to_le_bytes());
+    payload.extend(0u64.to_le_bytes());
+    payload.extend((1u64 << 24).to_le_bytes());
+    payload.extend([0; 100]);
+    for flags in [0, header::FLAG_LZ4] {
+        assert!(ft::wire::decode::decode(5, flags, payload.clone()).is_err());
+    }
+    assert!(u64::from(u32::MAX) > MAX_PAYLOAD as u64);
+    // A gap in the numbers.
+    let beat = &encode(&Frame::Heartbeat)[0];
+    let (_, error) = read_all(&[bytes(beat, 0, 0, 2), bytes(beat, 2, 0, 2)].concat());
+    assert!(matches!(
+        error,
+        ReadError::Decode(DecodeError::Sequence { found: 2, expected: 1 })
+    ));
+}
