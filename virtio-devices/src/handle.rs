@@ -136,13 +136,16 @@ impl<M: Model> Handle<M> {
             let (found, expected) = (transport.queues.len(), core.rings.len());
             return Err(Error::State(format!("{found} queues, the device has {expected}")));
         }
-        core.reset(&device.interrupts);
+        core.reset(&device.memory, &device.interrupts);
         core.model.set_state(&state.device)?;
         lock(&device.interrupts.msix).set_state(&transport.msix)?;
         device.interrupts.set_isr(transport.isr);
         load_core(&mut core, transport)?;
-        if core.live() {
-            core.activate(&device.memory).map_err(Error::Queue)?;
+        if core.live()
+            && let Err(e) = core.activate(&device.memory)
+        {
+            core.reset(&device.memory, &device.interrupts);
+            return Err(Error::Queue(e));
         }
         Ok(())
     }
@@ -151,7 +154,7 @@ impl<M: Model> Handle<M> {
     pub fn reset(&self) -> Result<(), Error> {
         self.device.reset_space()?;
         let mut core = self.device.core();
-        core.reset(&self.device.interrupts);
+        core.reset(&self.device.memory, &self.device.interrupts);
         core.generation = 0;
         lock(&self.device.interrupts.msix).reset();
         Ok(())
@@ -172,7 +175,7 @@ impl<M: Model> Handle<M> {
         }
         let mut core = self.device.core();
         self.device.unwatch(&mut core);
-        core.model.reset();
+        core.model.reset(&self.device.memory);
         core.status = 0;
         core.model.close();
     }

@@ -80,7 +80,7 @@ pub trait Model: Send + 'static {
     /// The driver is ready, or a state was loaded in which it is.
     fn activate(&mut self, features: u64);
     /// The driver reset the device, or it failed: no request may touch guest RAM any longer.
-    fn reset(&mut self);
+    fn reset(&mut self, memory: &GuestMemory);
     /// Serves what is ready, a bounded part of it.
     fn serve(&mut self, io: &mut Io<'_>, ready: &mut Ready) -> Result<(), QueueError>;
     /// Finishes every started request and takes no more: the queues show all there is. The device may be inactive.

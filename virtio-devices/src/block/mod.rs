@@ -24,7 +24,7 @@ use crate::buffers::GuestByte;
 use crate::handle::Handle;
 use crate::model::{Io, Model, Ready, read_bytes};
 use crate::ring::{Chain, QueueError};
-use crate::{DeviceState, Error};
+use crate::{DeviceState, Error, GuestMemory};
 pub use file::{DiskFile, DiskOptions, open};
 use persist::{BlockState, VERSION};
 use request::{ID_BYTES, Limits, MAX_ZERO_SECTORS, Request, SECTOR, Status, parse};
@@ -360,7 +360,7 @@ impl Model for Block {
 
     fn activate(&mut self, _features: u64) {}
 
-    fn reset(&mut self) {
+    fn reset(&mut self, memory: &GuestMemory) {
         if self.under_way()
             && let Some(backend) = &mut self.backend
         {
@@ -371,7 +371,14 @@ impl Model for Block {
         }
         self.completions.clear();
         for slot in &mut self.slots {
-            slot.busy = None;
+            if let Some(Busy {
+                op: BlockOp::Read { .. },
+                ..
+            }) = slot.busy.take()
+            {
+                // Nobody is told of these, but the kernel wrote them all the same.
+                slot.chain.writable.mark_dirty(memory, slot.chain.writable.len());
+            }
         }
         self.free = (0..self.slots.len()).collect();
         self.stalled = false;

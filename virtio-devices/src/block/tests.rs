@@ -411,7 +411,14 @@ fn a_hold_and_a_reset_wait_for_requests_under_way() {
     assert_eq!(driver.machine.raised(1), before + 1);
     driver.handle.resume();
     under_way(&mut driver);
+    request(&mut driver, 1, 0, 64, &[(DATA + 0x10_0000, 4096, true)]);
+    driver.notify(0);
+    driver.wait_for("the read", |_| log.lock().unwrap().open.len() == 2);
     driver.bring_up(0);
+    assert!(
+        is_dirty(&driver.memory, DATA + 0x10_0000),
+        "read into, though nobody was told"
+    );
     assert!(log.lock().unwrap().open.is_empty());
     assert!(
         driver.used(0).is_empty(),

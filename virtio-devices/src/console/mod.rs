@@ -11,7 +11,7 @@ use crate::backend::ConsoleBackend;
 use crate::handle::Handle;
 use crate::model::{Io, Model, Ready};
 use crate::ring::{Chain, QueueError};
-use crate::{DeviceState, Error};
+use crate::{DeviceState, Error, GuestMemory};
 use persist::{ConsoleState, VERSION};
 
 /// Number of queues.
@@ -146,7 +146,7 @@ impl Model for Console {
 
     fn activate(&mut self, _features: u64) {}
 
-    fn reset(&mut self) {}
+    fn reset(&mut self, _memory: &GuestMemory) {}
 
     fn serve(&mut self, io: &mut Io<'_>, ready: &mut Ready) -> Result<(), QueueError> {
         if ready.queue(TX) {

@@ -21,7 +21,7 @@ use crate::buffers::io_slices;
 use crate::handle::Handle;
 use crate::model::{Io, Model, Ready, read_bytes};
 use crate::ring::{Chain, QueueError};
-use crate::{DeviceState, Error};
+use crate::{DeviceState, Error, GuestMemory};
 use persist::{LearnedAddress, NetState, VERSION};
 use receive::Receiver;
 
@@ -246,7 +246,7 @@ impl Model for Net {
         self.set_offloads();
     }
 
-    fn reset(&mut self) {
+    fn reset(&mut self, _memory: &GuestMemory) {
         self.features = 0;
         self.blocked = false;
         self.receiver.reset();

@@ -119,7 +119,6 @@ impl Receiver {
         for _ in 0..buffers {
             let Some(chain) = self.in_hand.pop_front() else { break };
             let used = rest.min(chain.writable.len());
-            chain.writable.mark_dirty(io.memory, used);
             io.rings[RX].push_used(io.memory, chain.head, used as u32)?;
             self.room -= chain.writable.len();
             self.pieces -= chain.writable.pieces();
@@ -173,6 +172,18 @@ impl Receiver {
         backend.receive(unsafe { io_slices_mut(&mut self.iovecs) })
     }
 
+    /// Tells the dirty log of the bytes that a frame of `len` bytes changed, whatever becomes of it.
+    fn mark_dirty(&self, io: &Io<'_>, mut len: usize) {
+        for chain in &self.in_hand {
+            let n = len.min(chain.writable.len());
+            chain.writable.mark_dirty(io.memory, n);
+            len -= n;
+            if len == 0 {
+                return;
+            }
+        }
+    }
+
     /// Keeps a frame of `len` bytes that ran into the spare piece.
     fn keep(&mut self, len: usize) {
         self.waiting.resize(len, 0);
@@ -217,15 +228,14 @@ impl Receiver {
                 continue;
             }
             let len = match self.read_frame(backend) {
-                Ok(len) if len < VNET_HEADER_SIZE => {
-                    counters.rx_dropped.fetch_add(1, Relaxed);
-                    continue;
-                }
                 Ok(len) => len.min(MAX_FRAME_SIZE),
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
                 Err(_) => break backend.has_pending(),
             };
-            if len <= self.room {
+            self.mark_dirty(io, len);
+            if len < VNET_HEADER_SIZE {
+                counters.rx_dropped.fetch_add(1, Relaxed);
+            } else if len <= self.room {
                 self.deliver(io, len, counters)?;
             } else {
                 self.keep(len);

@@ -175,7 +175,7 @@ fn frames_are_received_into_merged_buffers() {
     assert_eq!(got[..10], frame(10, 3)[..]);
     assert_eq!(got[10..12], 1u16.to_le_bytes());
     assert_eq!(got[12..], frame(72, 3)[12..]);
-    assert!(is_dirty(&driver.memory, BUFFERS));
+    assert!(is_dirty(&driver.memory, BUFFERS) && is_dirty(&driver.memory, driver.queues[RX].used));
     assert!(!is_dirty(&driver.memory, BUFFERS + 0x1000), "not used");
     // Over three buffers, which come together.
     peer.send(&frame(2500, 4)).unwrap();
@@ -209,6 +209,7 @@ fn a_frame_that_is_too_long_for_the_buffers_there_waits_for_more_also_over_a_mov
         driver.handle.device.core().model.receiver.waiting().is_some()
     });
     assert!(driver.used(RX).is_empty());
+    assert!(is_dirty(&driver.memory, BUFFERS + 0x1000), "the frame went there first");
     let (net, other, _) = wire();
     let mut driver = driver.migrate(net);
     other.send(&frame(200, 10)).unwrap();

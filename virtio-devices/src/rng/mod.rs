@@ -12,7 +12,7 @@ use std::path::Path;
 
 use crate::model::{Io, Model, Ready};
 use crate::ring::{Chain, QueueError};
-use crate::{DeviceState, Error};
+use crate::{DeviceState, Error, GuestMemory};
 use persist::{RngState, VERSION};
 
 /// Number of queues.
@@ -85,7 +85,7 @@ impl Model for Rng {
 
     fn activate(&mut self, _features: u64) {}
 
-    fn reset(&mut self) {}
+    fn reset(&mut self, _memory: &GuestMemory) {}
 
     fn serve(&mut self, io: &mut Io<'_>, ready: &mut Ready) -> Result<(), QueueError> {
         *ready = Ready::default();

@@ -82,8 +82,8 @@ impl<M: Model> Core<M> {
     }
 
     /// As after a reset by the driver (virtio 1.3, 2.4).
-    pub(crate) fn reset(&mut self, interrupts: &Interrupts) {
-        self.model.reset();
+    pub(crate) fn reset(&mut self, memory: &GuestMemory, interrupts: &Interrupts) {
+        self.model.reset(memory);
         for ring in &mut self.rings {
             ring.reset();
         }
@@ -98,11 +98,11 @@ impl<M: Model> Core<M> {
     }
 
     /// Marks the device failed until the driver resets it (virtio 1.3, 2.1.2).
-    pub(crate) fn fail(&mut self, id: &str, error: QueueError, interrupts: &Interrupts) {
+    pub(crate) fn fail(&mut self, id: &str, error: QueueError, memory: &GuestMemory, interrupts: &Interrupts) {
         if self.status & status::NEEDS_RESET == 0 {
             log::warn!("{id}: {error}: the device needs a reset by its driver");
             self.status |= status::NEEDS_RESET;
-            self.model.reset();
+            self.model.reset(memory);
             interrupts.config(self.config_vector);
         }
     }
@@ -137,7 +137,7 @@ impl<M: Model> Core<M> {
         };
         if let Err(e) = self.model.serve(&mut io, ready) {
             *ready = Ready::default();
-            self.fail(id, e, interrupts);
+            self.fail(id, e, memory, interrupts);
         }
     }
 
@@ -150,7 +150,7 @@ impl<M: Model> Core<M> {
             interrupts,
         };
         if let Err(e) = self.model.quiesce(&mut io) {
-            self.fail(id, e, interrupts);
+            self.fail(id, e, memory, interrupts);
         }
     }
 
@@ -262,7 +262,7 @@ impl<M: Model> Core<M> {
 
     fn write_status(&mut self, id: &str, value: u8, memory: &GuestMemory, interrupts: &Interrupts) -> After {
         if value == 0 {
-            self.reset(interrupts);
+            self.reset(memory, interrupts);
             return After::Nothing;
         }
         // A driver only adds bits; NEEDS_RESET is the device's.
@@ -284,7 +284,7 @@ impl<M: Model> Core<M> {
             self.status |= status::DRIVER_OK;
             match self.activate(memory) {
                 Ok(()) => return After::Wake,
-                Err(e) => self.fail(id, e, interrupts),
+                Err(e) => self.fail(id, e, memory, interrupts),
             }
         }
         After::Nothing

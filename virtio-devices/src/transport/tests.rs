@@ -326,3 +326,38 @@ proptest! {
         prop_assert_eq!(driver.wait_used(0, 1), [(0, 4)]);
     }
 }
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(128))]
+    #[test]
+    fn any_saved_queue_is_refused_or_fails_the_device_at_most(
+        size in any::<u16>(), desc in 0..0x200_0000u64, avail in 0..0x200_0000u64, used in 0..0x200_0000u64,
+        indexes in any::<(u16, u16)>(), aligned in any::<bool>(), status in any::<u8>(), vector in any::<u16>(),
+    ) {
+        let mut driver = Driver::start(rng(), 0);
+        driver.handle.pause();
+        let mut state = driver.handle.state();
+        let mask = if aligned { !0xf } else { !0 };
+        state.transport.status = status;
+        state.transport.queues[0] = persist::RingState {
+            size: if aligned { 1 << (size % 10) } else { size },
+            enabled: true,
+            desc: desc & mask,
+            avail: avail & mask,
+            used: used & mask,
+            vector,
+            next_avail: indexes.0,
+            next_used: indexes.1,
+        };
+        driver.handle.set_state(&state).ok();
+        driver.handle.kick();
+        driver.handle.resume();
+        driver.notify(0);
+        driver.handle.pause();
+        driver.handle.resume();
+        driver.bring_up(0);
+        driver.add(0, &[(BUFFERS, 4, true)]);
+        driver.notify(0);
+        prop_assert_eq!(driver.wait_used(0, 1), [(0, 4)]);
+    }
+}
