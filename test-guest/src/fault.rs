@@ -44,3 +44,9 @@ extern "C" fn exception_main() -> ! {
 extern "C" fn _Unwind_Resume() -> ! {
     cpu::stop()
 }
+
+/// Named by the unwind tables of the same, which the linker script throws away.
+#[unsafe(no_mangle)]
+extern "C" fn rust_eh_personality() -> ! {
+    cpu::stop()
+}

@@ -25,6 +25,8 @@ const SCAN_SECTORS: u64 = 128;
 const SCAN_DEPTH: u64 = 8;
 /// How long the disk may take at boot, in microseconds.
 const PATIENCE: u64 = 60_000_000;
+/// Keys that the index has memory for.
+const KEYS_MAX: u64 = 100_000;
 /// Slots below which a store makes no sense.
 const SLOTS_MIN: u64 = 4;
 
@@ -149,7 +151,7 @@ impl Store {
         let mut store = Self {
             block,
             slots,
-            index: Index::new(slots),
+            index: Index::new(slots, KEYS_MAX),
             waiting: VecDeque::new(),
             batch: Vec::new(),
             batch_failed: false,

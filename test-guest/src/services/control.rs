@@ -130,7 +130,7 @@ impl Control {
     pub fn step(&mut self, socket: &mut Socket<'_>, context: &mut Context) -> Flow {
         let mut worked = self.lines.fill(socket);
         self.ask(context);
-        while !self.broken && self.random == Random::None && self.power.is_none() {
+        while !self.broken && self.random == Random::None && self.power.is_none() && !self.output.is_full() {
             match self.lines.next() {
                 Line::Whole(len) => {
                     match parse(self.lines.line(len)) {

@@ -13,6 +13,8 @@ use crate::store::{Answer, Owner};
 
 /// Requests under way on one connection.
 const DEPTH: usize = 256;
+/// Bytes of answers that may wait for a client to read them.
+const OUTPUT: usize = 64 << 10;
 /// Longest request line.
 const LINE: usize = 512;
 
@@ -100,6 +102,11 @@ impl Output {
         self.bytes.extend_from_slice(bytes);
     }
 
+    /// So much waits that no more requests should be taken: the client does not read its answers.
+    pub fn is_full(&self) -> bool {
+        self.bytes.len() >= OUTPUT
+    }
+
     /// Nothing waits.
     pub fn is_empty(&self) -> bool {
         self.bytes.is_empty()
@@ -173,7 +180,7 @@ impl Requests {
 
     pub fn step(&mut self, place: usize, generation: u64, socket: &mut Socket<'_>, context: &mut Context) -> Flow {
         let mut worked = self.lines.fill(socket);
-        while !self.broken && self.answers.len() < DEPTH {
+        while !self.broken && self.answers.len() < DEPTH && !self.output.is_full() {
             match self.lines.next() {
                 Line::Whole(len) => {
                     let owner = Owner {

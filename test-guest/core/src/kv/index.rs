@@ -33,6 +33,7 @@ struct Entry {
 pub struct Index {
     slots: u64,
     keys: BTreeMap<Key, Entry>,
+    keys_max: u64,
     /// A bit per slot: taken by a live record or one being written.
     taken: Vec<u64>,
     used: u64,
@@ -40,12 +41,13 @@ pub struct Index {
 }
 
 impl Index {
-    /// The index of an empty store with `slots` slots.
-    pub fn new(slots: u64) -> Self {
+    /// The index of an empty store with `slots` slots, for at most `keys_max` keys and half as many as slots.
+    pub fn new(slots: u64, keys_max: u64) -> Self {
         let words = usize::try_from(slots.div_ceil(64)).unwrap_or(0);
         Self {
             slots,
             keys: BTreeMap::new(),
+            keys_max: keys_max.min(slots / 2),
             taken: vec![0; words],
             used: 0,
             next: 1,
@@ -109,7 +111,7 @@ impl Index {
 
     /// Takes a number and slot for a new record of `key`; [`Index::has_room`] must hold.
     pub fn begin(&mut self, key: &[u8]) -> Result<Place, Full> {
-        if !self.has_room() || (!self.keys.contains_key(key) && self.keys.len() as u64 >= self.slots / 2) {
+        if !self.has_room() || (!self.keys.contains_key(key) && self.keys.len() as u64 >= self.keys_max) {
             return Err(Full);
         }
         while self.taken(self.slot(self.next)) {
@@ -175,7 +177,7 @@ mod tests {
     #[test]
     fn live_records_are_never_overwritten_and_recovery_finds_them() {
         let slots = 16;
-        let mut index = Index::new(slots);
+        let mut index = Index::new(slots, 100);
         let mut disk: Disk = vec![None; slots as usize];
         let mut newest = BTreeMap::new();
         let mut last = 0;
@@ -201,7 +203,7 @@ mod tests {
             Err(Full),
             "half of the slots have keys"
         );
-        let mut again = Index::new(slots);
+        let mut again = Index::new(slots, 100);
         for (slot, record) in disk.iter().enumerate() {
             if let Some((key, seq)) = record {
                 again.found(key, *seq, slot as u64);
@@ -216,7 +218,7 @@ mod tests {
 
     #[test]
     fn several_at_once() {
-        let mut index = Index::new(4);
+        let mut index = Index::new(4, 100);
         let first = index.begin(b"k").unwrap();
         let second = index.begin(b"k").unwrap();
         assert_eq!(index.get(b"k"), None);
@@ -231,21 +233,32 @@ mod tests {
 
     #[test]
     fn writes_under_way_fill_the_store() {
-        let mut index = Index::new(4);
+        let mut index = Index::new(4, 100);
         for _ in 0..4 {
             assert!(index.has_room());
             index.begin(b"k").unwrap();
         }
         assert!(!index.has_room());
         assert_eq!(index.begin(b"k"), Err(Full));
-        let mut none = Index::new(0);
+        let mut none = Index::new(0, 100);
         assert_eq!(none.begin(b"k"), Err(Full));
         none.found(b"k", 1, 0);
     }
 
     #[test]
+    fn keys_are_limited() {
+        let mut index = Index::new(100, 2);
+        for key in [b"a", b"b", b"a"] {
+            let place = index.begin(key).unwrap();
+            index.end(key, place, true);
+        }
+        assert_eq!(index.begin(b"c"), Err(Full));
+        assert!(index.begin(b"b").is_ok());
+    }
+
+    #[test]
     fn records_in_wrong_slots_do_not_count() {
-        let mut index = Index::new(8);
+        let mut index = Index::new(8, 100);
         index.found(b"k", 3, 4);
         index.found(b"k", 0, 0);
         assert_eq!((index.get(b"k"), index.next_seq()), (None, 1));
