@@ -59,7 +59,7 @@ impl Receiver {
 
     pub(super) fn set_waiting(&mut self, frame: Option<&[u8]>) -> Result<(), Error> {
         let frame = frame.unwrap_or_default();
-        if frame.len() > MAX_FRAME_SIZE {
+        if !frame.is_empty() && !(VNET_HEADER_SIZE..=MAX_FRAME_SIZE).contains(&frame.len()) {
             return Err(Error::State(format!("a received frame of {} bytes", frame.len())));
         }
         self.waiting.clear();

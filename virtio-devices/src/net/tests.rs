@@ -338,6 +338,32 @@ fn addresses_that_the_guest_spoke_of_are_announced_after_a_move() {
 }
 
 #[test]
+fn hostile_states_are_refused() {
+    let (net, _peer, _) = wire();
+    let driver = Driver::start(net, 0);
+    driver.handle.pause();
+    let good = driver.handle.state();
+    let changes: [fn(&mut NetState); 4] = [
+        |net| net.version = 2,
+        |net| net.mac[5] ^= 1,
+        |net| net.waiting = Some(vec![0; HEADER - 1]),
+        |net| net.waiting = Some(vec![0; MAX_FRAME_SIZE + 1]),
+    ];
+    for change in changes {
+        let mut bad = good.clone();
+        let DeviceState::Net(net) = &mut bad.device else {
+            panic!()
+        };
+        change(net);
+        assert!(driver.handle.set_state(&bad).is_err());
+    }
+    let mut bad = good.clone();
+    bad.device = DeviceState::Rng(crate::rng::persist::RngState { version: 1 });
+    assert!(driver.handle.set_state(&bad).unwrap_err().to_string().contains("rng"));
+    driver.handle.set_state(&good).unwrap();
+}
+
+#[test]
 fn queued_frames_can_be_dropped() {
     let (net, peer, _) = wire();
     let mut driver = Driver::start(net, 0);
