@@ -33,7 +33,7 @@ pub enum QueueError {
     /// A loop, an index out of range, an unreadable or nested indirect table.
     #[error("a descriptor chain does not end")]
     Chain,
-    /// More descriptors than [`MAX_CHAIN`].
+    /// More than 1,024 descriptors.
     #[error("a descriptor chain is too long")]
     TooLong,
     /// A buffer that is not in RAM.

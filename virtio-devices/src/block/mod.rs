@@ -1,7 +1,7 @@
 //! The block device (virtio 1.3, 5.2): one queue; data go between guest RAM and the disk without a copy.
 //!
-//! * this file: the device; [`request`]: what a chain asks for; [`persist`]: saved state;
-//! * [`mod@file`]: image files, their locks and what they can do; [`uring`] and [`pool`]: the two backends on them.
+//! * this file: the device; `request`: what a chain asks for; [`persist`]: saved state;
+//! * [`mod@file`]: image files, their locks and what they can do; `uring` and `pool`: the two backends on them.
 //!
 //! Changes that overlap one that is under way wait for it. So they take effect in the order in which the guest gave
 //! them, and a copy of the disk that is made from the log of changes is equal (rule R3).

@@ -1,6 +1,6 @@
 //! The network device (virtio 1.3, 5.1): one receive and one transmit queue.
 //!
-//! * this file: the device and its transmit side; [`receive`]: the receive side; [`addresses`]: announcements after a
+//! * this file: the device and its transmit side; `receive`: the receive side; `addresses`: announcements after a
 //!   move; [`tap`]: the backend; [`persist`]: saved state.
 
 mod addresses;

@@ -1,12 +1,12 @@
 //! virtio over PCI (virtio 1.3, 4.1): one device as a PCI function.
 //!
-//! * this file: [`Device`], its BAR and configuration space; [`common`]: the core behind the lock and the common
+//! * this file: `Device`, its BAR and configuration space; `common`: the core behind the lock and the common
 //!   configuration structure; [`persist`]: saved state.
 //!
 //! BAR 0, 32 KiB, 64-bit: each structure has a page of its own.
 //!
 //! Lock order: `space`, `core`, MSI-X, then the machine's interrupt router. vCPUs, the worker and the VMM take `core`;
-//! the worker gives way to the others (see [`Device::core`]).
+//! the worker gives way to the others (see `Device::core`).
 
 pub(crate) mod common;
 pub mod persist;
