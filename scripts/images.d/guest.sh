@@ -34,7 +34,7 @@ guest_settings() {
   local root=$1 unit
   echo guest >"$root/etc/hostname"
   echo '127.0.0.1 localhost guest' >"$root/etc/hosts"
-  echo '/dev/vda / ext4 defaults 0 1' >"$root/etc/fstab"
+  : >"$root/etc/fstab" # the initrd mounts the root, whatever its device
   install -d -m 700 "$root/root/.ssh"
   install -m 600 "$2" "$root/root/.ssh/authorized_keys"
   printf 'PermitRootLogin prohibit-password\nPasswordAuthentication no\nUseDNS no\nPrintMotd no\n' \
@@ -56,7 +56,8 @@ guest_settings() {
     e2scrub_reap.service systemd-networkd-wait-online.service iperf3.service getty@tty1.service systemd-binfmt.service \
     proc-sys-fs-binfmt_misc.automount systemd-update-utmp.service systemd-update-utmp-runlevel.service \
     systemd-pstore.service systemd-journal-flush.service sys-kernel-debug.mount sys-kernel-tracing.mount dev-hugepages.mount \
-    dev-mqueue.mount
+    dev-mqueue.mount modprobe@.service systemd-modules-load.service systemd-remount-fs.service systemd-pcrphase.service \
+    systemd-pcrphase-sysinit.service
   rm -rf "$root/var/log/journal"
   rm -rf "$root"/var/lib/apt/lists/* "$root"/var/cache/apt/* "$root"/var/log/*.log "$root"/etc/machine-id
   : >"$root/etc/machine-id"

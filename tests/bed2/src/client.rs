@@ -7,7 +7,7 @@
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpStream, ToSocketAddrs};
 use std::process::{Command, Stdio};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -60,12 +60,22 @@ impl Report {
     }
 }
 
-/// Holds the sessions with `guest` until `stop`.
-pub fn hold(guest: &str, stop: &AtomicBool) -> Report {
+/// Answers so far in each of the three sessions.
+#[derive(Default)]
+pub struct Progress {
+    /// Redis, echo, ssh.
+    pub answered: [AtomicU64; 3],
+    /// Set to end the sessions.
+    pub stop: AtomicBool,
+}
+
+/// Holds the sessions with `guest` until `progress.stop`.
+pub fn hold(guest: &str, progress: &Progress) -> Report {
+    let Progress { answered, stop } = progress;
     std::thread::scope(|scope| {
-        let redis = scope.spawn(|| measured(stop, || redis(guest)));
-        let echo = scope.spawn(|| measured(stop, || echo(guest)));
-        let ssh = scope.spawn(|| measured(stop, ssh));
+        let redis = scope.spawn(|| measured(stop, &answered[0], || redis(guest)));
+        let echo = scope.spawn(|| measured(stop, &answered[1], || echo(guest)));
+        let ssh = scope.spawn(|| measured(stop, &answered[2], ssh));
         let join = |thread: std::thread::ScopedJoinHandle<'_, Session>| {
             thread.join().unwrap_or_else(|_| Session {
                 error: Some("the client panicked".into()),
@@ -113,7 +123,11 @@ pub fn check_lines(text: &str, report: &Report) -> Result<()> {
 }
 
 /// Repeats `step(n)` for n = 1, 2, .. until `stop` or an error.
-fn measured<S: FnMut(u64) -> Result<()>>(stop: &AtomicBool, open: impl FnOnce() -> Result<S>) -> Session {
+fn measured<S: FnMut(u64) -> Result<()>>(
+    stop: &AtomicBool,
+    answered: &AtomicU64,
+    open: impl FnOnce() -> Result<S>,
+) -> Session {
     let mut session = Session::default();
     let mut times = Vec::new();
     let work = || -> Result<()> {
@@ -122,6 +136,7 @@ fn measured<S: FnMut(u64) -> Result<()>>(stop: &AtomicBool, open: impl FnOnce() 
             let start = Instant::now();
             step(session.answered + 1)?;
             session.answered += 1;
+            answered.store(session.answered, Ordering::Relaxed);
             times.push(start.elapsed().as_micros() as u64);
         }
         Ok(())

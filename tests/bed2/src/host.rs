@@ -324,7 +324,8 @@ fn arguments(name: &str, spec: &HostSpec, joined: bool, places: &Places) -> Vec<
     let (out, control) = (quoted(&places.out), quoted(&places.sockets.join(name)));
     add("machine", "q35".into());
     add("accel", "tcg,thread=multi,tb-size=512".into());
-    add("cpu", "max,+svm,+npt".into());
+    // Five-level page tables make each nested walk longer.
+    add("cpu", "max,+svm,+npt,-la57".into());
     add("smp", spec.cpus.to_string());
     add("m", spec.memory.to_string());
     add("display", "none".into());

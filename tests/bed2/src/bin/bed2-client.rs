@@ -2,11 +2,11 @@
 
 use std::fs;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use bed2::client;
+use bed2::client::{self, Progress};
 use clap::{Parser, Subcommand};
 
 /// Client of the Debian guest in bed 2.
@@ -19,6 +19,8 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     /// Hold redis, echo and ssh sessions until FILE exists; write the report to FILE.json
+    ///
+    /// Prints a line with each session's number of answers now and then.
     Hold {
         /// The guest's address
         guest: String,
@@ -40,20 +42,21 @@ enum Command {
 fn main() -> Result<()> {
     match Cli::parse().command {
         Command::Hold { guest, file, limit } => {
-            let stop = AtomicBool::new(false);
+            let progress = Progress::default();
             let report = std::thread::scope(|scope| {
                 scope.spawn(|| {
                     let start = Instant::now();
                     while !file.exists() && start.elapsed() < Duration::from_secs(limit) {
-                        std::thread::sleep(Duration::from_millis(50));
+                        std::thread::sleep(Duration::from_millis(200));
+                        let counts = progress.answered.each_ref().map(|count| count.load(Ordering::Relaxed));
+                        println!("{} {} {}", counts[0], counts[1], counts[2]);
                     }
-                    stop.store(true, Ordering::Relaxed);
+                    progress.stop.store(true, Ordering::Relaxed);
                 });
-                client::hold(&guest, &stop)
+                client::hold(&guest, &progress)
             });
             let text = serde_json::to_string_pretty(&report)?;
             fs::write(file.with_extension("json"), &text)?;
-            println!("{text}");
             report.check(1)
         }
         Command::Verify { guest, report } => {
