@@ -7,6 +7,8 @@
 //! them, and a copy of the disk that is made from the log of changes is equal (rule R3).
 
 pub mod file;
+#[cfg(test)]
+mod order_tests;
 pub mod persist;
 mod pool;
 mod request;

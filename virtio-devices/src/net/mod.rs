@@ -8,6 +8,8 @@ pub mod persist;
 mod receive;
 pub mod tap;
 #[cfg(test)]
+mod tap_tests;
+#[cfg(test)]
 mod tests;
 
 use std::collections::BTreeMap;
