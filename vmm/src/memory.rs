@@ -106,7 +106,7 @@ impl GuestRam {
         let huge = config.hugepages.then(|| config.hugepage_size.unwrap_or(2 << 20));
         let unit = huge.unwrap_or(PAGE_SIZE);
         let valid_unit = unit.is_power_of_two() && unit >= PAGE_SIZE;
-        if !valid_unit || config.size % unit != 0 || config.size < 2 << 20 || config.size > 8 << 40 {
+        if !valid_unit || !config.size.is_multiple_of(unit) || config.size < 2 << 20 || config.size > 8 << 40 {
             return Err(Error::Size(config.size, unit));
         }
         let file_backed = config.shared || config.hugepages;

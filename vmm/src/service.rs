@@ -366,7 +366,15 @@ impl VmmService for Vmm {
             Request::VmSnapshot(request) => self.snapshot(&request),
             Request::VmRestore(request) => self.restore(&request),
             Request::VmPowerButton => {
-                self.booted()?.power_button();
+                let vm = self.booted()?;
+                if vm.is_user_paused() {
+                    return Err(error(
+                        405,
+                        "vm_paused",
+                        "the VM is paused: resume it with vm.resume first",
+                    ));
+                }
+                vm.power_button();
                 Ok(Response::Empty)
             }
             Request::VmCounters => Ok(Response::Counters(self.booted()?.devices().counters())),

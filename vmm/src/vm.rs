@@ -5,6 +5,7 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use api::{Events, VmConfig};
 use hypervisor::{CpuIdEntry, Hypervisor, VcpuState, VmOptions};
@@ -123,7 +124,11 @@ struct Run {
 
 /// Dirty rings where this host has them; the largest, since a full one costs an exit.
 fn dirty_log(hypervisor: &dyn Hypervisor) -> VmOptions {
-    let dirty_ring_entries = if hypervisor.capabilities().dirty_ring { 1 << 16 } else { 0 };
+    let dirty_ring_entries = if hypervisor.capabilities().dirty_ring {
+        1 << 16
+    } else {
+        0
+    };
     VmOptions { dirty_ring_entries }
 }
 
@@ -375,6 +380,24 @@ impl Vm {
     pub fn announce(&self) {
         for net in self.devices.nets() {
             net.announce();
+        }
+    }
+
+    /// Announces the addresses some more times over the next second: a bridge port that has just come up, or a switch
+    /// that still learns, may have dropped the first announcement.
+    pub fn announce_again(self: &Arc<Self>) {
+        let vm = Arc::downgrade(self);
+        let again = move || {
+            for pause_ms in [50, 150, 300, 500] {
+                std::thread::sleep(Duration::from_millis(pause_ms));
+                match vm.upgrade() {
+                    Some(vm) if !vm.down.load(Ordering::SeqCst) && vm.stop_reason().is_none() => vm.announce(),
+                    _ => return,
+                }
+            }
+        };
+        if let Err(e) = std::thread::Builder::new().name("announce".into()).spawn(again) {
+            log::warn!("the guest's addresses are announced only once: {e}");
         }
     }
 

@@ -37,26 +37,44 @@ pub struct FtPlugin {
 }
 
 fn error(status: u16, code: &str, message: impl std::fmt::Display) -> ApiError {
-    ApiError { status, code: code.into(), message: message.to_string() }
+    ApiError {
+        status,
+        code: code.into(),
+        message: message.to_string(),
+    }
 }
 
 impl FtPlugin {
     /// `arbiter`: default for requests that name none. `adopt` gets the VM of a takeover.
     pub fn new(context: VmContext, arbiter: Option<String>, adopt: Adopt) -> Self {
-        Self { context, arbiter, adopt, session: Mutex::new(Session::Off) }
+        Self {
+            context,
+            arbiter,
+            adopt,
+            session: Mutex::new(Session::Off),
+        }
     }
 
     fn events(&self) -> EventSink {
         let events = self.context.events.clone();
         Arc::new(move |event: FtEvent| {
-            let properties: Vec<(&str, String)> =
-                event.properties.iter().map(|(key, value)| (key.as_str(), value.clone())).collect();
+            let properties: Vec<(&str, String)> = event
+                .properties
+                .iter()
+                .map(|(key, value)| (key.as_str(), value.clone()))
+                .collect();
             events.emit("ft", event.event, &properties);
         })
     }
 
     fn enable(&self, mut config: FtEnableConfig, vm: Option<Arc<Vm>>) -> Result<Response, ApiError> {
-        let vm = vm.ok_or_else(|| error(404, "vm_not_running", "there is no running VM to protect: boot one first"))?;
+        let vm = vm.ok_or_else(|| {
+            error(
+                404,
+                "vm_not_running",
+                "there is no running VM to protect: boot one first",
+            )
+        })?;
         if let Some(reason) = vm.stop_reason() {
             return Err(error(409, "vm_stopped", format!("the VM was stopped here: {reason}")));
         }
@@ -76,7 +94,11 @@ impl FtPlugin {
 
     fn receive(&self, mut config: FtReceiveConfig, vm: Option<Arc<Vm>>) -> Result<Response, ApiError> {
         if vm.is_some_and(|vm| vm.stop_reason().is_none()) {
-            return Err(error(409, "vm_exists", "this VMM runs a VM: a backup must be a VMM without one"));
+            return Err(error(
+                409,
+                "vm_exists",
+                "this VMM runs a VM: a backup must be a VMM without one",
+            ));
         }
         let mut session = lock(&self.session);
         if let Some(reason) = in_use(&session) {
@@ -91,8 +113,7 @@ impl FtPlugin {
             overrides: config.clone(),
             adopt: self.adopt.clone(),
         };
-        let backup =
-            ft::receive(Arc::new(host), config, self.events()).map_err(|e| error(e.status(), e.code(), &e))?;
+        let backup = ft::receive(Arc::new(host), config, self.events()).map_err(|e| error(e.status(), e.code(), &e))?;
         *session = Session::Backup(backup);
         Ok(Response::Empty)
     }
@@ -108,7 +129,9 @@ fn in_use(session: &Session) -> Option<String> {
     };
     match info.state {
         Disabled | Solo | Failed | Stopped => None,
-        state => Some(format!("FT is at work here (state {state:?}): `ch-remote ft disable` ends it")),
+        state => Some(format!(
+            "FT is at work here (state {state:?}): `ch-remote ft disable` ends it"
+        )),
     }
 }
 
@@ -149,14 +172,22 @@ impl Plugin for FtPlugin {
                     primary.failover().map_err(|e| error(e.status(), e.code(), &e))?;
                     Ok(Response::Empty)
                 }
-                _ => Err(error(409, "ft_not_primary", "this VMM is not the primary of a protected VM")),
+                _ => Err(error(
+                    409,
+                    "ft_not_primary",
+                    "this VMM is not the primary of a protected VM",
+                )),
             },
             Request::FtConfig(patch) => match &*lock(&self.session) {
                 Session::Primary(primary) => {
                     primary.configure(&patch).map_err(|e| error(e.status(), e.code(), &e))?;
                     Ok(Response::Empty)
                 }
-                _ => Err(error(409, "ft_not_primary", "limits are set on the primary of a protected VM")),
+                _ => Err(error(
+                    409,
+                    "ft_not_primary",
+                    "limits are set on the primary of a protected VM",
+                )),
             },
             _ => Err(error(500, "internal", "not an FT request")),
         }

@@ -223,7 +223,7 @@ impl Shadow for VmShadow {
     }
 
     fn write_memory(&mut self, gpa: u64, data: &[u8]) -> Result<(), MachineError> {
-        if gpa % PAGE_SIZE as u64 != 0 || data.len() % PAGE_SIZE != 0 {
+        if !gpa.is_multiple_of(PAGE_SIZE as u64) || !data.len().is_multiple_of(PAGE_SIZE) {
             return Err(machine_error(format!(
                 "{} bytes at {gpa:#x} are not whole pages",
                 data.len()
@@ -274,6 +274,7 @@ impl Shadow for VmShadow {
         vm.announce();
         send_held(&vm, takeover.outputs);
         vm.resume(Holder::User).map_err(machine_error)?;
+        vm.announce_again();
         let protected = ProtectedVm::new(vm)?;
         Ok(protected)
     }
