@@ -119,7 +119,8 @@ impl Arbiter for FileArbiter {
             .checked_add(1)
             .ok_or_else(|| corrupt("the generation is at its end"))?;
         if self.winner(vm_id, next)?.is_none() {
-            if self.read(vm_id)?.generation > expected {
+            // Looked at again: somebody may have been first in between.
+            if self.read(vm_id)?.generation > expected && self.winner(vm_id, next)?.is_none() {
                 return Err(corrupt("a generation is missing below the newest one"));
             }
             match self.link(&self.path(vm_id, next), vm_id, next, node) {

@@ -1,14 +1,16 @@
 //! The backup: holds the shadow of a VM that runs elsewhere, and becomes that VM when the primary is lost.
 //!
-//! * [`receive`] listens; [`Backup`] is the operator's handle;
-//! * [`listener`]: accepts connections, drops foreign ones, refuses a second primary;
-//! * [`admission`]: from the primary's hello to the shadow, or to a refusal;
-//! * [`session`]: one pairing: the protocol core and who performs its actions; its receiver, pulse and sender threads;
-//! * [`applier`]: the thread that writes committed epochs into the shadow, and activates it.
+//! * [`receive()`] listens; [`Backup`] is the operator's handle;
+//! * `listener`: accepts connections, drops foreign ones, refuses a second primary;
+//! * `admission`: from the primary's hello to the shadow, or to a refusal;
+//! * `session`: one pairing: the protocol core and who performs its actions; its receiver, pulse and sender threads;
+//! * `report`: what `ft info` shows of a session;
+//! * `applier`: the thread that writes committed epochs into the shadow, and activates it.
 
 mod admission;
 mod applier;
 mod listener;
+mod report;
 mod session;
 
 use std::sync::atomic::{AtomicBool, Ordering};

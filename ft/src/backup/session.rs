@@ -9,6 +9,7 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
 use super::applier::{self, Checkpoint, Checkpoints, Job};
+use super::report::Measures;
 use crate::arbiter::Arbiter;
 use crate::config::{FtInfo, FtLimits, FtRole, FtState};
 use crate::core::backup::{Action, BackupState, Event, FromPrimary, ToPrimary};
@@ -18,7 +19,6 @@ use crate::event::{EventSink, Status, announce};
 use crate::machine::{PAGE_SIZE, Shadow};
 use crate::outbox::{Clock, Outbox, Stamp};
 use crate::primary::session::{answer_of, lock};
-use crate::stats::Stat;
 use crate::transport::Stream;
 use crate::wire::frame::{Frame, encode};
 use crate::wire::hello::Hello;
@@ -43,25 +43,16 @@ pub(super) struct SessionParts {
     pub(super) events: EventSink,
 }
 
-#[derive(Default)]
-struct Measures {
-    epoch_bytes: Stat,
-    received: u64,
-    this_epoch: u64,
-    ram: u64,
-    disk: u64,
-}
-
 /// See the module's description.
 pub(super) struct Session {
-    hello: Hello,
+    pub(super) hello: Hello,
     node: String,
-    peer: String,
+    pub(super) peer: String,
     arbiter: Arc<dyn Arbiter>,
-    arbiter_description: String,
-    core: Mutex<BackupState>,
+    pub(super) arbiter_description: String,
+    pub(super) core: Mutex<BackupState>,
     announced: Mutex<Option<Status>>,
-    limits: Mutex<FtLimits>,
+    pub(super) limits: Mutex<FtLimits>,
     pub(super) staging: Mutex<Staging>,
     pub(super) checkpoints: Mutex<Checkpoints>,
     pub(super) shadow: Mutex<Option<Box<dyn Shadow>>>,
@@ -70,7 +61,7 @@ pub(super) struct Session {
     pub(super) clock: Clock,
     heard: AtomicU64,
     released: AtomicU64,
-    measures: Mutex<Measures>,
+    pub(super) measures: Mutex<Measures>,
     over: Mutex<bool>,
     /// Notified when the session is over, when the receiver ends, and when the threads are to end.
     ended: Condvar,
@@ -288,35 +279,11 @@ impl Session {
                 // The end is decided; the rest is read only so that the last word arrives.
                 continue;
             }
-            self.measure(&frame, envelope.size);
+            lock(&self.measures).add(&frame, envelope.size);
             if let Err(e) = self.take(frame) {
                 // The connection is closed by the core.
                 self.lost(e);
             }
-        }
-    }
-
-    fn measure(&self, frame: &Frame, size: usize) {
-        let mut measures = lock(&self.measures);
-        measures.received += size as u64;
-        measures.this_epoch += size as u64;
-        let pages = |runs: &[crate::machine::PageRun]| runs.iter().map(|r| r.count).sum::<u64>() * PAGE_SIZE as u64;
-        match frame {
-            Frame::Pages { epoch: 0, runs, .. } | Frame::ZeroPages { epoch: 0, runs } => measures.ram += pages(runs),
-            Frame::Disk { epoch: 0, change, .. } => {
-                measures.disk += match change {
-                    crate::machine::DiskChange::Write { data, .. } => data.len() as u64,
-                    crate::machine::DiskChange::Zero { len, .. } => *len,
-                    crate::machine::DiskChange::Flush => 0,
-                };
-            }
-            Frame::End(marker) => {
-                let bytes = std::mem::take(&mut measures.this_epoch) as f64;
-                if marker.epoch > 1 {
-                    measures.epoch_bytes.add(bytes);
-                }
-            }
-            _ => {}
         }
     }
 
@@ -463,39 +430,5 @@ impl Session {
     fn signal(&self) {
         drop(lock(&self.over));
         self.ended.notify_all();
-    }
-
-    pub(super) fn info(&self) -> FtInfo {
-        let core = lock(&self.core);
-        let (status, times) = (core.status(), core.times());
-        drop(core);
-        let mut info = FtInfo::disabled();
-        info.role = if status.state == FtState::Solo {
-            FtRole::Primary
-        } else {
-            FtRole::Backup
-        };
-        (info.state, info.reason) = (status.state, status.reason);
-        (info.generation, info.epoch, info.committed) = (status.generation, status.epoch, status.committed);
-        info.epochs_total = status.committed;
-        info.peer = Some(self.peer.clone());
-        info.arbiter = Some(self.arbiter_description.clone());
-        info.limits = lock(&self.limits).clone();
-        let identity = &self.hello.identity;
-        info.progress.ram_bytes_total = identity.memory.iter().map(|(_, size)| size).sum();
-        info.progress.disk_bytes_total = identity.disks.iter().filter(|d| !d.readonly).map(|d| d.size).sum();
-        let measures = lock(&self.measures);
-        info.progress.ram_bytes_sent = measures.ram;
-        info.progress.disk_bytes_sent = measures.disk;
-        info.bytes_sent = measures.received;
-        info.epoch_bytes = measures.epoch_bytes.report();
-        let since = |from: u64, to: u64| to.saturating_sub(from) as f64 / 1e6;
-        if times.detected > 0 {
-            info.detection_ms = Some(since(times.heard, times.detected));
-        }
-        if times.activated > 0 {
-            info.activation_ms = Some(since(times.detected, times.activated));
-        }
-        info
     }
 }

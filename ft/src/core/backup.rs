@@ -288,20 +288,16 @@ impl BackupState {
     }
 
     fn tick(&mut self, heard: Nanos, now: Nanos, out: &mut Vec<Action>) {
-        let expected = self.generation;
-        match &mut self.phase {
-            Phase::Syncing | Phase::Armed => {
-                if self.silence.is_dead(heard, now) {
-                    let silent = now.saturating_sub(heard) / ms(1);
-                    self.lose(format!("the primary was silent for {silent} ms"), heard, now, out);
-                }
-            }
-            Phase::Arbitrating { arbitration, .. } => {
-                if arbitration.ask_again(now) {
-                    out.push(Action::AskArbiter { expected });
-                }
-            }
-            _ => {}
+        if self.takes_data() && self.silence.is_dead(heard, now) {
+            let silent = now.saturating_sub(heard) / ms(1);
+            self.lose(format!("the primary was silent for {silent} ms"), heard, now, out);
+        }
+        if let Phase::Arbitrating { arbitration, .. } = &mut self.phase
+            && arbitration.ask_again(now)
+        {
+            out.push(Action::AskArbiter {
+                expected: self.generation,
+            });
         }
     }
 

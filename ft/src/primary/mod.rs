@@ -1,10 +1,10 @@
 //! The primary: protects a running VM.
 //!
 //! * [`enable`] connects, shakes hands and starts the threads; [`Primary`] is the operator's handle;
-//! * [`session`]: what the threads share: the protocol core and who performs its actions;
-//! * [`controller`]: the thread that copies (pre-copy, checkpoints) and that alone pauses and resumes the VM;
-//! * [`precopy`], [`checkpoint`]: what it does in the two stages;
-//! * [`metrics`]: measures for `ft info`.
+//! * `session`: what the threads share: the protocol core and who performs its actions;
+//! * `controller`: the thread that copies (pre-copy, checkpoints) and that alone pauses and resumes the VM;
+//! * `precopy`, `checkpoint`: what it does in the two stages;
+//! * `metrics`: measures for `ft info`.
 //!
 //! Threads: controller; sender (writes what device workers post); receiver (acknowledgements: it releases outputs
 //! itself, so that nobody has to be woken); pulse (heartbeats, silence, retries); one per question to the arbiter.

@@ -74,7 +74,7 @@ impl Prefix<'_> {
             };
             let page = PAGE_SIZE as u64;
             let end = run.count.checked_mul(page).and_then(|len| run.gpa.checked_add(len));
-            if run.gpa % page != 0 || run.count == 0 || end.is_none() {
+            if !run.gpa.is_multiple_of(page) || run.count == 0 || end.is_none() {
                 return Err(bad(self.kind, "has a page run that is none"));
             }
             runs.push(run);

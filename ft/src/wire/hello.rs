@@ -96,7 +96,7 @@ pub fn compare(offered: &Identity, ours: &Identity) -> Result<(), Refusal> {
 }
 
 fn bytes(n: u64) -> String {
-    if n % (1 << 20) == 0 {
+    if n.is_multiple_of(1 << 20) {
         format!("{} MiB", n >> 20)
     } else {
         format!("{n} bytes")

@@ -407,7 +407,7 @@ impl Shadow for FakeShadow {
     }
 
     fn write_memory(&mut self, gpa: u64, data: &[u8]) -> Result<(), MachineError> {
-        assert!(data.len() % PAGE == 0 && gpa % PAGE as u64 == 0);
+        assert!(data.len().is_multiple_of(PAGE) && gpa.is_multiple_of(PAGE as u64));
         let at = self.vm.offset(gpa, data.len())?;
         lock(&self.vm.contents).ram[at..at + data.len()].copy_from_slice(data);
         Ok(())

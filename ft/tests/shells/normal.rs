@@ -17,15 +17,19 @@ pub fn busy_guest(vm: &Arc<FakeVm>, quit: &Arc<AtomicBool>) -> std::thread::Join
         let mut n = 0u64;
         while !quit.load(Ordering::SeqCst) {
             n += 1;
-            let fill = if n % 7 == 0 { vec![0; PAGE] } else { vec![n as u8; PAGE] };
+            let fill = if n.is_multiple_of(7) {
+                vec![0; PAGE]
+            } else {
+                vec![n as u8; PAGE]
+            };
             let page = n * 37 % 63 + 1;
             let alive = vm.write_ram(page * PAGE as u64, &fill)
                 && vm.write_ram((1 << 20) + page * PAGE as u64, &n.to_le_bytes())
                 && vm.write_disk(n * 13 % 60 * BLOCK + n % 100, &[n as u8; 3000]);
-            if n % 11 == 0 {
+            if n.is_multiple_of(11) {
                 vm.zero_disk(n % 50 * BLOCK, 5000);
             }
-            if n % 5 == 0 {
+            if n.is_multiple_of(5) {
                 vm.receive(&n.to_le_bytes());
             }
             if !alive || vm.count_and_send().is_none() {
@@ -105,26 +109,32 @@ fn nothing_leaves_before_its_epoch_is_committed() {
 #[test]
 fn an_idle_vm_answers_fast() {
     let mut bed = Bed::new(FakeVm::new(identity("vm")));
-    bed.protect();
-    let mut times: Vec<f64> = (1..=300)
+    let mut config = bed.config();
+    // Not through the relay, whose threads would be measured too.
+    config.peer = bed.backup().address();
+    bed.primary = Some(bed.try_enable(config).unwrap());
+    bed.wait_primary(FtState::Protected);
+    let mut times: Vec<f64> = (1..=500)
         .map(|n| {
             std::thread::sleep(Duration::from_millis(1));
             let begin = Instant::now();
             bed.vm.count_and_send();
             while lock(&bed.vm.wire).len() < n {
-                std::hint::spin_loop();
+                std::thread::yield_now();
             }
             begin.elapsed().as_secs_f64() * 1e3
         })
         .collect();
     times.sort_by(f64::total_cmp);
+    let info = bed.primary().info();
+    eprintln!("added latency: p50 {:.3} ms, p99 {:.3} ms", times[250], times[495]);
     eprintln!(
-        "added latency through a relay: p50 {:.3} ms, p99 {:.3} ms",
-        times[150], times[297]
+        "pause {:?} ms, commit {:?} ms, held {:?} ms",
+        info.pause_ms, info.commit_ms, info.added_latency_ms
     );
     // Generous: the machine that runs the tests is busy with others. Sleep-polling or waiting for the longest epoch
     // (20 ms) would show.
-    assert!(times[150] < 10.0, "p50 {} ms", times[150]);
+    assert!(times[250] < 10.0, "p50 {} ms", times[250]);
 }
 
 #[test]

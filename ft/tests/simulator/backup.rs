@@ -82,7 +82,7 @@ impl BackupSide {
 }
 
 impl World {
-    pub fn to_primary(&mut self, frame: Frame) {
+    pub fn send_to_primary(&mut self, frame: Frame) {
         if !self.b.alive || !self.b.connected {
             return;
         }
@@ -114,22 +114,22 @@ impl World {
 
     fn backup_does(&mut self, action: Action) {
         match action {
-            Action::Send(ToPrimary::Ack(epoch)) => self.to_primary(Frame::Ack(epoch)),
+            Action::Send(ToPrimary::Ack(epoch)) => self.send_to_primary(Frame::Ack(epoch)),
             Action::Send(ToPrimary::Disarmed) => {
                 self.b.out = true;
-                self.to_primary(Frame::Disarmed);
+                self.send_to_primary(Frame::Disarmed);
             }
             Action::Send(ToPrimary::HandedOver(generation)) => {
                 self.count("handovers", 1);
-                self.to_primary(Frame::HandedOver(generation));
+                self.send_to_primary(Frame::HandedOver(generation));
             }
             Action::Send(ToPrimary::HandoverFailed { generation, reason }) => {
                 self.b.out = true;
-                self.to_primary(Frame::HandoverFailed { generation, reason });
+                self.send_to_primary(Frame::HandoverFailed { generation, reason });
             }
             Action::Send(ToPrimary::Bye(reason)) => {
                 self.b.out = true;
-                self.to_primary(Frame::Bye(reason));
+                self.send_to_primary(Frame::Bye(reason));
             }
             Action::Apply(epoch) => {
                 let Some(mut staged) = self.b.staging.take(epoch) else {
@@ -248,7 +248,7 @@ impl World {
     }
 
     pub fn backup_pulse(&mut self) {
-        self.to_primary(Frame::Heartbeat);
+        self.send_to_primary(Frame::Heartbeat);
         let armed = self.b.core.takes_data();
         self.backup_step(Event::Tick { heard: self.b.heard });
         self.b.by_silence |= armed && !self.b.core.takes_data();

@@ -157,7 +157,7 @@ impl World {
                 let mut changed = limits(kind);
                 changed.heartbeat_timeout_ms = [200, 500, 1_000][self.below(3) as usize];
                 self.primary_step(primary::Event::SetLimits((&changed).into()));
-                self.to_backup(Frame::Limits(changed));
+                self.send_to_backup(Frame::Limits(changed));
             }
         }
     }

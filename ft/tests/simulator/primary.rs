@@ -78,7 +78,7 @@ impl PrimarySide {
 }
 
 impl World {
-    pub fn to_backup(&mut self, frame: Frame) {
+    pub fn send_to_backup(&mut self, frame: Frame) {
         if !self.p.alive || !self.p.connected {
             return;
         }
@@ -101,7 +101,7 @@ impl World {
                 gpa: (i * PAGE_SIZE) as u64,
                 count: 1,
             }];
-            self.to_backup(Frame::Pages {
+            self.send_to_backup(Frame::Pages {
                 epoch: 0,
                 runs,
                 data: page(value),
@@ -110,7 +110,7 @@ impl World {
         for i in 0..BLOCKS {
             let value = self.random();
             self.p.guest.disk[i] = value;
-            self.to_backup(disk_frame(0, i, value));
+            self.send_to_backup(disk_frame(0, i, value));
         }
         if self.p.core.begin_first_checkpoint() {
             self.p.paused = true;
@@ -142,7 +142,7 @@ impl World {
                 self.p.guest.disk[i] = value;
                 if !self.p.alone {
                     self.p.logged.0 += 1;
-                    self.to_backup(disk_frame(self.p.epoch, i, value));
+                    self.send_to_backup(disk_frame(self.p.epoch, i, value));
                 }
             }
             4 => {
@@ -153,7 +153,7 @@ impl World {
                         nic: 0,
                         data: value.to_le_bytes().to_vec(),
                     };
-                    self.to_backup(Frame::Input {
+                    self.send_to_backup(Frame::Input {
                         epoch: self.p.epoch,
                         input,
                     });
@@ -218,11 +218,11 @@ impl World {
             match self.p.guest.ram[i] {
                 0 => {
                     marker.zero_pages += 1;
-                    self.to_backup(Frame::ZeroPages { epoch, runs });
+                    self.send_to_backup(Frame::ZeroPages { epoch, runs });
                 }
                 value => {
                     marker.pages += 1;
-                    self.to_backup(Frame::Pages {
+                    self.send_to_backup(Frame::Pages {
                         epoch,
                         runs,
                         data: page(value),
@@ -231,15 +231,15 @@ impl World {
             }
         }
         if !outputs.is_empty() {
-            self.to_backup(Frame::Outputs { epoch, outputs });
+            self.send_to_backup(Frame::Outputs { epoch, outputs });
         }
         // The guest may have run on already: the state is that of the checkpoint.
         let state = self.p.history[&epoch].state;
-        self.to_backup(Frame::State {
+        self.send_to_backup(Frame::State {
             epoch,
             data: state.to_le_bytes().to_vec(),
         });
-        self.to_backup(Frame::End(marker));
+        self.send_to_backup(Frame::End(marker));
     }
 
     pub fn primary_step(&mut self, event: Event) {
@@ -276,9 +276,9 @@ impl World {
             Action::Throttle(_) => {}
             Action::Send(ToBackup::Disarm(reason)) => {
                 self.p.disarmed = true;
-                self.to_backup(Frame::Disarm(reason));
+                self.send_to_backup(Frame::Disarm(reason));
             }
-            Action::Send(ToBackup::Handover(epoch)) => self.to_backup(Frame::Handover(epoch)),
+            Action::Send(ToBackup::Handover(epoch)) => self.send_to_backup(Frame::Handover(epoch)),
             Action::AskArbiter { expected } => self.ask(Side::Primary, expected),
             Action::Disconnect => self.disconnect(Side::Primary),
             Action::GoAlone => {
@@ -327,7 +327,7 @@ impl World {
     }
 
     pub fn primary_pulse(&mut self) {
-        self.to_backup(Frame::Heartbeat);
+        self.send_to_backup(Frame::Heartbeat);
         self.primary_tick();
     }
 
