@@ -1,6 +1,9 @@
 //! Accepts connections. Each gets a thread that reads its hello; what is no primary is dropped without harm to a session
 //! at work, and a primary that comes while there is a session is refused.
 
+use std::io::Read;
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::JoinHandle;
@@ -12,16 +15,13 @@ use crate::transport::Listener;
 /// Connections that are being read or served at a time.
 const MAX_GREETINGS: usize = 8;
 
-/// How often it looks whether it is to end.
-const LOOK_MS: i32 = 100;
-
 /// The thread's body; returns when the backup is over, with all sessions ended.
-pub(super) fn run(shared: &Arc<Shared>, listener: &Listener) {
+pub(super) fn run(shared: &Arc<Shared>, listener: &Listener, woken: &UnixStream) {
     let greeting = Arc::new(AtomicUsize::new(0));
     let mut threads: Vec<JoinHandle<()>> = Vec::new();
     while !shared.quits() && lock(&shared.slot).over.is_none() {
         threads.retain(|thread| !thread.is_finished());
-        if !readable(listener) {
+        if !wait(listener, woken) {
             continue;
         }
         let (stream, peer) = match listener.accept() {
@@ -59,12 +59,20 @@ pub(super) fn run(shared: &Arc<Shared>, listener: &Listener) {
     }
 }
 
-fn readable(listener: &Listener) -> bool {
-    let mut fd = libc::pollfd {
-        fd: listener.as_raw_fd(),
+/// Waits for a connection or a word of the session; whether there is a connection.
+fn wait(listener: &Listener, mut woken: &UnixStream) -> bool {
+    let fd = |fd| libc::pollfd {
+        fd,
         events: libc::POLLIN,
         revents: 0,
     };
-    // SAFETY: `fd` is one valid pollfd, and the listener keeps its descriptor open.
-    unsafe { libc::poll(&mut fd, 1, LOOK_MS) > 0 }
+    let mut fds = [fd(listener.as_raw_fd()), fd(woken.as_raw_fd())];
+    // SAFETY: `fds` is two valid pollfds, whose descriptors their owners keep open.
+    if unsafe { libc::poll(fds.as_mut_ptr(), 2, -1) } <= 0 {
+        return false;
+    }
+    if fds[1].revents != 0 {
+        let _ = woken.read(&mut [0; 64]);
+    }
+    fds[0].revents != 0
 }

@@ -13,6 +13,8 @@ mod listener;
 mod report;
 mod session;
 
+use std::io::Write;
+use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
@@ -40,6 +42,8 @@ struct Shared {
     slot: Mutex<Slot>,
     changed: Condvar,
     quit: AtomicBool,
+    /// A byte in here makes the listener look at `quit` and `over`.
+    waker: UnixStream,
 }
 
 #[derive(Default)]
@@ -70,7 +74,13 @@ pub fn receive(host: Arc<dyn ShadowHost>, config: FtReceiveConfig, events: Event
         what: "ask for the listener's address",
         source,
     })?;
+    let pair = UnixStream::pair().and_then(|(a, b)| a.set_nonblocking(true).map(|()| (a, b)));
+    let (waker, woken) = pair.map_err(|source| Error::Host {
+        what: "make a socket pair",
+        source,
+    })?;
     let shared = Arc::new(Shared {
+        waker,
         host,
         config,
         address,
@@ -84,7 +94,7 @@ pub fn receive(host: Arc<dyn ShadowHost>, config: FtReceiveConfig, events: Event
         shared: shared.clone(),
         threads: Mutex::default(),
     };
-    backup.start(shared, listener)?;
+    backup.start(shared, listener, woken)?;
     Ok(backup)
 }
 
@@ -102,6 +112,17 @@ impl Shared {
 
     fn quits(&self) -> bool {
         self.quit.load(Ordering::SeqCst)
+    }
+
+    /// Nobody is listened for any more.
+    fn set_quit(&self) {
+        self.quit.store(true, Ordering::SeqCst);
+        self.wake_listener();
+    }
+
+    fn wake_listener(&self) {
+        // When the socket is full, there is a byte in it.
+        let _ = (&self.waker).write(&[1]);
     }
 
     /// Claims the one place for a primary.
@@ -122,6 +143,7 @@ impl Shared {
         let listens = slot.over.is_none();
         drop(slot);
         self.changed.notify_all();
+        self.wake_listener();
         if listens && !self.quits() {
             self.announce_listening(reason);
         }
@@ -146,10 +168,10 @@ impl Shared {
 }
 
 impl Backup {
-    fn start(&self, shared: Arc<Shared>, listener: Listener) -> Result<(), Error> {
+    fn start(&self, shared: Arc<Shared>, listener: Listener, woken: UnixStream) -> Result<(), Error> {
         let thread = std::thread::Builder::new()
             .name("ft-listen".into())
-            .spawn(move || listener::run(&shared, &listener))
+            .spawn(move || listener::run(&shared, &listener, &woken))
             .map_err(|source| Error::Host {
                 what: "start a thread of FT",
                 source,
@@ -192,7 +214,7 @@ impl Backup {
             }
             session.feed(Event::Leave("FT was disabled on the backup".into()));
         }
-        self.shared.quit.store(true, Ordering::SeqCst);
+        self.shared.set_quit();
         if !self.shared.wait_free() {
             return Err(Error::Ended("the backup's session did not end in time".into()));
         }
@@ -200,7 +222,7 @@ impl Backup {
     }
 
     fn quit(&self) {
-        self.shared.quit.store(true, Ordering::SeqCst);
+        self.shared.set_quit();
         if let Some(session) = &lock(&self.shared.slot).session {
             session.quit();
         }
@@ -212,7 +234,7 @@ impl Backup {
     }
 
     /// Ends this backup and all its threads. A VM that it took over runs on.
-    pub fn shutdown(self) {
+    pub fn shutdown(&self) {
         if let Err(e) = self.disable() {
             log::warn!("ft: {e}");
         }

@@ -161,11 +161,14 @@ impl Controller {
                 }
             }
             Action::Resume => self.resume(),
-            Action::Throttle(percent) => self.session.machine.throttle(percent),
             Action::GoAlone | Action::Abandon => self.let_go(),
             Action::Stop(reason) => self.stop(&reason),
             // Performed by the session.
-            Action::Release(_) | Action::Send(_) | Action::AskArbiter { .. } | Action::Disconnect => {}
+            Action::Release(_)
+            | Action::Throttle(_)
+            | Action::Send(_)
+            | Action::AskArbiter { .. }
+            | Action::Disconnect => {}
         }
     }
 
@@ -218,7 +221,7 @@ impl Controller {
             session.machine.stop_tracking();
             self.tracking = false;
         }
-        session.machine.throttle(100);
+        session.end_throttle();
         self.resume();
         self.done = true;
     }

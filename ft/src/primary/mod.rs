@@ -168,7 +168,7 @@ impl Primary {
     }
 
     /// Ends FT as [`Primary::disable`] does, and all its threads. If it is open who runs the VM, it stops here.
-    pub fn shutdown(self) {
+    pub fn shutdown(&self) {
         if let Err(e) = self.disable() {
             log::warn!("ft: {e}");
         }

@@ -1,7 +1,7 @@
 //! What the primary's threads share: the protocol core, and who performs its actions.
 //!
-//! [`Session::feed`] steps the core and performs what can be done from any thread (release, send, ask, disconnect);
-//! what pauses or changes the VM goes to the controller's mailbox.
+//! `feed` steps the core and performs what can be done from any thread (release, slow down, send, ask, disconnect); what
+//! pauses or changes the VM goes to the controller's mailbox.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -101,6 +101,8 @@ pub struct Session {
     ended: Condvar,
     /// Outputs leave in order: whoever takes them out of the interposer holds this until they have left.
     pub(super) releasing: Mutex<()>,
+    /// The guest is not slowed down any more. Held while it is slowed down.
+    alone: Mutex<bool>,
     pub(super) metrics: Mutex<Metrics>,
     pub(super) quit: AtomicBool,
     events: EventSink,
@@ -143,6 +145,7 @@ impl Session {
                 changed: Condvar::new(),
                 ended: Condvar::new(),
                 releasing: Mutex::new(()),
+                alone: Mutex::new(false),
                 metrics: Mutex::default(),
                 quit: AtomicBool::new(false),
                 events: parts.events,
@@ -261,9 +264,26 @@ impl Session {
             Action::Send(ToBackup::Handover(epoch)) => drop(self.outbox.post(encode(&Frame::Handover(epoch)))),
             Action::AskArbiter { expected } => self.ask(expected),
             Action::Disconnect => self.outbox.close(),
+            Action::Throttle(_) => self.throttle(),
             heavy => return Some(heavy),
         }
         None
+    }
+
+    /// From any thread, for the controller may be busy sending the very epoch that makes the guest too fast. What counts
+    /// is the core's newest word.
+    fn throttle(&self) {
+        let alone = lock(&self.alone);
+        if !*alone {
+            let percent = lock(&self.core).throttle();
+            self.machine.throttle(percent);
+        }
+    }
+
+    /// The guest runs at full speed from here on.
+    pub(super) fn end_throttle(&self) {
+        *lock(&self.alone) = true;
+        self.machine.throttle(100);
     }
 
     fn release(&self, epoch: u64) {

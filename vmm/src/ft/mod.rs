@@ -1,11 +1,12 @@
 //! Fault tolerance on this VMM: the [`Plugin`] that serves `vm.ft-*` and keeps the one FT session.
 //!
-//! * [`protected`]: the running VM as FT sees it; [`shadow`]: the backup's side; [`backends`]: the interposer at the
-//!   devices; [`consoles`]: where a shadow's consoles go.
+//! * [`protected`]: the running VM as FT sees it; [`shadow`]: the backup's side; [`backends`], [`blocks`]: the interposer at
+//!   the devices; [`consoles`]: where a shadow's consoles go.
 //!
-//! Lock order: `session`, then FT's and the VM's own locks. FT's threads never take `session`.
+//! Lock order: `changing`, `session`, then FT's and the VM's own locks. FT's threads never take the first two.
 
 mod backends;
+mod blocks;
 mod consoles;
 mod protected;
 mod shadow;
@@ -22,10 +23,11 @@ use crate::vm::{Vm, VmContext};
 use protected::ProtectedVm;
 use shadow::{Adopt, VmShadowHost};
 
+#[derive(Clone)]
 enum Session {
     Off,
-    Primary(Primary),
-    Backup(Backup),
+    Primary(Arc<Primary>),
+    Backup(Arc<Backup>),
 }
 
 /// FT on this VMM.
@@ -33,6 +35,8 @@ pub struct FtPlugin {
     context: VmContext,
     arbiter: Option<String>,
     adopt: Adopt,
+    /// Held while a session is begun or ended, which may take its time.
+    changing: Mutex<()>,
     session: Mutex<Session>,
 }
 
@@ -51,7 +55,24 @@ impl FtPlugin {
             context,
             arbiter,
             adopt,
+            changing: Mutex::default(),
             session: Mutex::new(Session::Off),
+        }
+    }
+
+    fn session(&self) -> Session {
+        lock(&self.session).clone()
+    }
+
+    /// Puts a session in the place of the present one, which is returned.
+    fn put(&self, session: Session) -> Session {
+        std::mem::replace(&mut *lock(&self.session), session)
+    }
+
+    fn primary(&self, otherwise: &str) -> Result<Arc<Primary>, ApiError> {
+        match self.session() {
+            Session::Primary(primary) => Ok(primary),
+            _ => Err(error(409, "ft_not_primary", otherwise)),
         }
     }
 
@@ -78,17 +99,17 @@ impl FtPlugin {
         if let Some(reason) = vm.stop_reason() {
             return Err(error(409, "vm_stopped", format!("the VM was stopped here: {reason}")));
         }
-        let mut session = lock(&self.session);
-        if let Some(reason) = in_use(&session) {
+        let _changing = lock(&self.changing);
+        if let Some(reason) = in_use(&self.session()) {
             return Err(error(409, "ft_in_use", reason));
         }
         if config.arbiter.is_none() {
             config.arbiter.clone_from(&self.arbiter);
         }
         let machine = ProtectedVm::new(vm).map_err(|e| error(500, "ft_not_possible", e))?;
-        end(std::mem::replace(&mut *session, Session::Off));
+        end(self.put(Session::Off));
         let primary = ft::enable(machine, config, self.events()).map_err(|e| error(e.status(), e.code(), &e))?;
-        *session = Session::Primary(primary);
+        self.put(Session::Primary(Arc::new(primary)));
         Ok(Response::Empty)
     }
 
@@ -100,21 +121,21 @@ impl FtPlugin {
                 "this VMM runs a VM: a backup must be a VMM without one",
             ));
         }
-        let mut session = lock(&self.session);
-        if let Some(reason) = in_use(&session) {
+        let _changing = lock(&self.changing);
+        if let Some(reason) = in_use(&self.session()) {
             return Err(error(409, "ft_in_use", reason));
         }
         if config.arbiter.is_none() {
             config.arbiter.clone_from(&self.arbiter);
         }
-        end(std::mem::replace(&mut *session, Session::Off));
+        end(self.put(Session::Off));
         let host = VmShadowHost {
             context: self.context.clone(),
             overrides: config.clone(),
             adopt: self.adopt.clone(),
         };
         let backup = ft::receive(Arc::new(host), config, self.events()).map_err(|e| error(e.status(), e.code(), &e))?;
-        *session = Session::Backup(backup);
+        self.put(Session::Backup(Arc::new(backup)));
         Ok(Response::Empty)
     }
 }
@@ -149,7 +170,7 @@ impl Plugin for FtPlugin {
             Request::FtEnable(config) => self.enable(config, vm),
             Request::FtReceive(config) => self.receive(config, vm),
             Request::FtInfo => {
-                let info = match &*lock(&self.session) {
+                let info = match self.session() {
                     Session::Off => FtInfo::disabled(),
                     Session::Primary(primary) => primary.info(),
                     Session::Backup(backup) => backup.info(),
@@ -157,45 +178,34 @@ impl Plugin for FtPlugin {
                 Ok(Response::Ft(Box::new(info)))
             }
             Request::FtDisable => {
-                let session = std::mem::replace(&mut *lock(&self.session), Session::Off);
-                let result = match &session {
+                let _changing = lock(&self.changing);
+                // A session that cannot end now goes on: without it the VM would have to stop.
+                match self.session() {
                     Session::Off => return Err(error(409, "ft_off", "FT is off already")),
                     Session::Primary(primary) => primary.disable(),
                     Session::Backup(backup) => backup.disable(),
-                };
-                end(session);
-                result.map_err(|e| error(e.status(), e.code(), &e))?;
+                }
+                .map_err(|e| error(e.status(), e.code(), &e))?;
+                end(self.put(Session::Off));
                 Ok(Response::Empty)
             }
-            Request::FtFailover => match &*lock(&self.session) {
-                Session::Primary(primary) => {
-                    primary.failover().map_err(|e| error(e.status(), e.code(), &e))?;
-                    Ok(Response::Empty)
-                }
-                _ => Err(error(
-                    409,
-                    "ft_not_primary",
-                    "this VMM is not the primary of a protected VM",
-                )),
-            },
-            Request::FtConfig(patch) => match &*lock(&self.session) {
-                Session::Primary(primary) => {
-                    primary.configure(&patch).map_err(|e| error(e.status(), e.code(), &e))?;
-                    Ok(Response::Empty)
-                }
-                _ => Err(error(
-                    409,
-                    "ft_not_primary",
-                    "limits are set on the primary of a protected VM",
-                )),
-            },
+            Request::FtFailover => {
+                let primary = self.primary("this VMM is not the primary of a protected VM")?;
+                primary.failover().map_err(|e| error(e.status(), e.code(), &e))?;
+                Ok(Response::Empty)
+            }
+            Request::FtConfig(patch) => {
+                let primary = self.primary("limits are set on the primary of a protected VM")?;
+                primary.configure(&patch).map_err(|e| error(e.status(), e.code(), &e))?;
+                Ok(Response::Empty)
+            }
             _ => Err(error(500, "internal", "not an FT request")),
         }
     }
 
     fn vm_ends(&self, reason: &str) {
-        let mut session = lock(&self.session);
-        let ended = match &*session {
+        let _changing = lock(&self.changing);
+        let ended = match self.session() {
             Session::Primary(primary) => {
                 if let Err(e) = primary.disable() {
                     log::warn!("ft: {reason}, and the backup could not be told: {e}");
@@ -207,17 +217,18 @@ impl Plugin for FtPlugin {
             Session::Off => false,
         };
         if ended {
-            end(std::mem::replace(&mut *session, Session::Off));
+            end(self.put(Session::Off));
         }
     }
 
     fn shutdown(&self) {
-        end(std::mem::replace(&mut *lock(&self.session), Session::Off));
+        let _changing = lock(&self.changing);
+        end(self.put(Session::Off));
     }
 
     fn refuses_vm(&self) -> Option<String> {
-        match &*lock(&self.session) {
-            Session::Backup(backup) if !matches!(backup.info().state, ft::config::FtState::Failed) => {
+        match self.session() {
+            session @ Session::Backup(_) if in_use(&session).is_some() => {
                 Some("this VMM waits for a primary (`ft receive`): end that with `ch-remote ft disable` first".into())
             }
             _ => None,

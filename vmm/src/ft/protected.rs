@@ -12,7 +12,8 @@ use ft::interposer::Interposer;
 use ft::machine::{DiskIdentity, Identity, MachineError, Output, PageRun, Protected};
 use virtio_devices::backend::{BlockBackend, ConsoleBackend, NetBackend};
 
-use super::backends::{ChangedBlocks, HeldConsole, HeldNet, LoggedBlock, Slot, TrackedBlock};
+use super::backends::{HeldConsole, HeldNet, Slot};
+use super::blocks::{ChangedBlocks, LoggedBlock, TrackedBlock};
 use crate::interrupts::lock;
 use crate::vm::{Holder, Vm};
 
@@ -137,6 +138,13 @@ struct Throttle(Mutex<ThrottleState>);
 struct ThrottleState {
     percent: u8,
     running: bool,
+}
+
+fn frame_of(output: &Output) -> Option<&[u8]> {
+    match output {
+        Output::Frame { data, .. } => Some(data),
+        Output::Console { .. } => None,
+    }
 }
 
 impl Protected for ProtectedVm {
@@ -268,19 +276,26 @@ impl Protected for ProtectedVm {
 
     fn release(&self, outputs: Vec<Output>) {
         let wraps = lock(&self.wraps);
-        for output in outputs {
-            match output {
-                Output::Frame { nic, data } => {
-                    if let Some(slot) = wraps.nets.get(usize::from(nic)) {
-                        slot.transmit_now(&data);
+        // Each device's outputs in their order; runs of frames of one device go out together.
+        let mut rest = &outputs[..];
+        while let Some(first) = rest.first() {
+            let run = match first {
+                Output::Frame { nic, .. } => {
+                    let same = |o: &&Output| matches!(o, Output::Frame { nic: other, .. } if other == nic);
+                    let count = rest.iter().take_while(same).count();
+                    if let Some(slot) = wraps.nets.get(usize::from(*nic)) {
+                        slot.transmit_now(rest[..count].iter().filter_map(frame_of));
                     }
+                    count
                 }
                 Output::Console { console, data } => {
-                    if let Some(Some(slot)) = wraps.consoles.get(usize::from(console)) {
-                        slot.write_now(&data);
+                    if let Some(Some(slot)) = wraps.consoles.get(usize::from(*console)) {
+                        slot.write_now(data);
                     }
+                    1
                 }
-            }
+            };
+            rest = &rest[run..];
         }
     }
 

@@ -14,7 +14,7 @@ use ft::machine::{
     DiskChange, Identity, Input, MachineError, Output, PAGE_SIZE, Protected, Refusal, Shadow, ShadowHost, Takeover,
 };
 
-use super::backends::{ReplayNet, transmit_or_drop};
+use super::backends::{ReplayNet, transmit_all};
 use super::protected::{ProtectedVm, identity, machine_error};
 use crate::state::VmState;
 use crate::vm::{Holder, Vm, VmContext};
@@ -184,9 +184,7 @@ fn send_held(vm: &Vm, outputs: Vec<Output>) {
         .filter(|(_, frames)| !frames.is_empty())
     {
         net.exchange(|mut inner| {
-            for frame in &frames {
-                transmit_or_drop(inner.as_mut(), frame);
-            }
+            transmit_all(inner.as_mut(), frames.iter().map(Vec::as_slice));
             inner
         });
     }

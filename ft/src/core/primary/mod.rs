@@ -101,7 +101,7 @@ pub enum Action {
     Resume,
     /// Let the outputs of all epochs up to this one leave.
     Release(u64),
-    /// Let the guest run this share of the time.
+    /// Let the guest run this share of the time ([`PrimaryState::throttle`] tells it too).
     Throttle(u8),
     /// Tell the backup.
     Send(ToBackup),
@@ -272,6 +272,11 @@ impl PrimaryState {
     /// Whether a checkpoint that was taken is to be sent.
     pub fn sends(&self) -> bool {
         matches!(self.phase, Phase::Running)
+    }
+
+    /// The share that the guest is to be given while it runs.
+    pub fn throttle(&self) -> u8 {
+        self.percent
     }
 
     /// A handover was asked for and is not decided.
