@@ -158,6 +158,11 @@ impl Primary {
         Ok(())
     }
 
+    /// This side is broken: its VM stops, the backup is left to take over.
+    pub fn give_up(&self) {
+        self.quit();
+    }
+
     fn quit(&self) {
         self.session.quit();
         for thread in lock(&self.threads).drain(..) {

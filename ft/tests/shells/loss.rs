@@ -58,8 +58,12 @@ fn a_lost_primary_is_taken_over_exactly_at_its_last_commit() {
         let info = bed.backup().info();
         assert_eq!(info.generation, 1);
         assert!(info.activation_ms.unwrap() < 5000.0 && info.detection_ms.is_some());
-        let reason = bed.primary().info().reason.unwrap();
-        assert!(reason.contains("no answer yet"), "{reason}");
+        eventually("the reason", || {
+            bed.primary()
+                .info()
+                .reason
+                .is_some_and(|reason| reason.contains("no answer yet"))
+        });
         // Back in reach, it finds out that it lost, and stops.
         bed.arbiter_reachable("p", true);
         bed.wait_primary(FtState::Stopped);
@@ -143,7 +147,7 @@ fn a_primary_that_loses_its_backup_goes_solo_by_the_arbiter() {
         bed.arbiter_reachable("b", true);
         bed.wait_backup(FtState::Stopped);
         assert!(bed.host.live().is_none());
-        assert_eq!(*lock(&bed.host.discarded), 1);
+        eventually("the shadow's end", || *lock(&bed.host.discarded) == 1);
     }
 }
 
