@@ -51,8 +51,8 @@ impl Pace {
 pub fn sink(dial: &dyn Dial, to: SocketAddr, connections: usize, bytes_per_s: u64, seed: u64) -> Result<Load, Error> {
     let mut clients: Vec<Client> = Vec::new();
     for connection in 0..connections as u64 {
-        let mut wire = Wire::open(dial, to)?;
-        clients.push(Box::new(move |gate, meter| {
+        let wire = Wire::open(dial, to)?;
+        clients.push(Client::new(wire, move |mut wire, gate, meter| {
             let seed = seed.wrapping_add(connection.wrapping_mul(0x1_0001));
             wire.send(&seed.to_le_bytes())?;
             let mut pace = Pace::new(bytes_per_s);
@@ -76,7 +76,7 @@ pub fn sink(dial: &dyn Dial, to: SocketAddr, connections: usize, bytes_per_s: u6
                 }
                 pace.after(REPORT_STEP, gate);
             }
-        }));
+        })?);
     }
     Ok(Load::start("sink", clients))
 }
@@ -104,8 +104,8 @@ fn report(wire: &mut Wire, checked: u64, sent: u64, meter: &Meter) -> Result<u64
 pub fn source(dial: &dyn Dial, to: SocketAddr, connections: usize, bytes_per_s: u64, seed: u64) -> Result<Load, Error> {
     let mut clients: Vec<Client> = Vec::new();
     for connection in 0..connections as u64 {
-        let mut wire = Wire::open(dial, to)?;
-        clients.push(Box::new(move |gate, meter| {
+        let wire = Wire::open(dial, to)?;
+        clients.push(Client::new(wire, move |mut wire, gate, meter| {
             let seed = seed.wrapping_add(connection.wrapping_mul(0x1_0001));
             ask(&mut wire, seed, u64::MAX >> 1)?;
             let mut pace = Pace::new(bytes_per_s);
@@ -122,7 +122,7 @@ pub fn source(dial: &dyn Dial, to: SocketAddr, connections: usize, bytes_per_s: 
                 pace.after(n as u64, gate);
             }
             Ok(())
-        }));
+        })?);
     }
     Ok(Load::start("source", clients))
 }

@@ -126,8 +126,8 @@ impl Control {
 /// Counts again and again on one connection: each answer must be one more than the last. The counter lives in the guest's
 /// RAM alone, so a takeover point that is off by one request shows.
 pub fn counter(dial: &dyn Dial, to: SocketAddr, interval: Duration) -> Result<Load, Error> {
-    let mut control = Control::open(dial, to)?;
-    let client: Client = Box::new(move |gate, meter| {
+    let client = Client::new(Wire::open(dial, to)?, move |wire, gate, meter| {
+        let mut control = Control(wire);
         let mut last = None;
         while gate.pass(meter) {
             let sent = Instant::now();
@@ -140,6 +140,6 @@ pub fn counter(dial: &dyn Dial, to: SocketAddr, interval: Duration) -> Result<Lo
             gate.sleep(interval);
         }
         Ok(())
-    });
+    })?;
     Ok(Load::start("counter", vec![client]))
 }

@@ -36,9 +36,9 @@ impl Default for Options {
 pub fn start(dial: &dyn Dial, to: SocketAddr, options: &Options) -> Result<Load, Error> {
     let mut clients: Vec<Client> = Vec::new();
     for connection in 0..options.connections as u64 {
-        let mut wire = Wire::open(dial, to)?;
+        let wire = Wire::open(dial, to)?;
         let options = options.clone();
-        clients.push(Box::new(move |gate, meter| {
+        clients.push(Client::new(wire, move |mut wire, gate, meter| {
             let mut rng = Rng::new(options.seed ^ (connection << 32));
             let mut number = 0u64;
             let mut answer = Vec::new();
@@ -63,7 +63,7 @@ pub fn start(dial: &dyn Dial, to: SocketAddr, options: &Options) -> Result<Load,
                 }
             }
             Ok(())
-        }));
+        })?);
     }
     Ok(Load::start("echo", clients))
 }

@@ -54,17 +54,20 @@ impl Default for Options {
 pub fn start(dial: &dyn Dial, to: SocketAddr, model: &SharedModel, options: &Options) -> Result<Load, Error> {
     let mut clients: Vec<Client> = Vec::new();
     for connection in 0..options.connections as u64 {
-        let wire = Wire::open(dial, to)?;
-        let mut writer = Writer {
-            wire,
-            model: model.clone(),
-            rng: Rng::new(options.seed ^ (connection << 40)),
-            options: options.clone(),
-            connection,
-            number: 0,
-            under_way: VecDeque::new(),
-        };
-        clients.push(Box::new(move |gate, meter| writer.run(gate, meter)));
+        let (model, options) = (model.clone(), options.clone());
+        clients.push(Client::new(Wire::open(dial, to)?, move |wire, gate, meter| {
+            let rng = Rng::new(options.seed ^ (connection << 40));
+            Writer {
+                wire,
+                model,
+                rng,
+                options,
+                connection,
+                number: 0,
+                under_way: VecDeque::new(),
+            }
+            .run(gate, meter)
+        })?);
     }
     Ok(Load::start("kv", clients))
 }

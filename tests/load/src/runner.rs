@@ -5,7 +5,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crate::meter::{Meter, Verdict};
-use crate::wire::Error;
+use crate::wire::{Ender, Error, Wire};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Wanted {
@@ -79,16 +79,44 @@ impl Gate {
     }
 }
 
-/// A load that runs. Dropping it stops it.
+/// A load that runs. Dropping it ends its connections at once; [`Load::stop`] ends them well.
 pub struct Load {
     name: String,
     gate: Arc<Gate>,
     meters: Vec<Arc<Meter>>,
+    enders: Vec<Ender>,
     threads: Vec<JoinHandle<()>>,
 }
 
-/// One connection's work: returns when [`Gate::pass`] says stop, or with what was wrong.
-pub type Client = Box<dyn FnOnce(&Gate, &Meter) -> Result<(), Error> + Send>;
+type Work = dyn FnOnce(&Gate, &Meter) -> Result<(), Error> + Send;
+
+/// One connection's work.
+pub struct Client {
+    work: Box<Work>,
+    ender: Option<Ender>,
+}
+
+impl Client {
+    /// `work` returns when [`Gate::pass`] says stop, or with what was wrong. It has `wire`, and may wait for it.
+    pub fn new(
+        wire: Wire,
+        work: impl FnOnce(Wire, &Gate, &Meter) -> Result<(), Error> + Send + 'static,
+    ) -> Result<Self, Error> {
+        let ender = Some(wire.ender()?);
+        Ok(Self {
+            work: Box::new(move |gate, meter| work(wire, gate, meter)),
+            ender,
+        })
+    }
+
+    /// The same without a connection: `work` never waits for long.
+    pub fn unconnected(work: impl FnOnce(&Gate, &Meter) -> Result<(), Error> + Send + 'static) -> Self {
+        Self {
+            work: Box::new(work),
+            ender: None,
+        }
+    }
+}
 
 impl Load {
     /// Starts one thread for each client.
@@ -104,9 +132,11 @@ impl Load {
             name: name.into(),
             gate,
             meters: Vec::new(),
+            enders: Vec::new(),
             threads: Vec::new(),
         };
-        for (index, client) in clients.into_iter().enumerate() {
+        for (index, Client { work, ender }) in clients.into_iter().enumerate() {
+            this.enders.extend(ender);
             let meter: Arc<Meter> = Arc::default();
             this.meters.push(meter.clone());
             let gate = this.gate.clone();
@@ -121,7 +151,7 @@ impl Load {
                 }
                 let _ended = Ended(gate.clone());
                 meter.expect_from_now();
-                if let Err(e) = client(&gate, &meter) {
+                if let Err(e) = work(&gate, &meter) {
                     meter.failure(format!("{full_name}: {e}"));
                 }
                 meter.expect_nothing();
@@ -224,6 +254,7 @@ impl Load {
 
 impl Drop for Load {
     fn drop(&mut self) {
+        self.enders.iter().for_each(Ender::end);
         self.join();
     }
 }

@@ -32,7 +32,7 @@ pub fn start(dial: &dyn Dial, to: SocketAddr, size: usize, interval: Duration) -
     socket.set_read_timeout(Some(PATIENCE)).map_err(connect)?;
     let counts: Arc<Counts> = Arc::default();
     let shared = counts.clone();
-    let client: Client = Box::new(move |gate, meter| {
+    let client = Client::unconnected(move |gate, meter| {
         let mut number = 0u64;
         let mut answer = vec![0; 65536];
         while gate.pass(meter) {

@@ -77,16 +77,6 @@ impl Wire {
         })
     }
 
-    /// A second handle of the same connection, for a thread that only reads or only writes.
-    pub fn second(&self) -> Result<Self, Error> {
-        let stream = self.stream.try_clone().map_err(|e| classify("cloning the socket", e))?;
-        Ok(Self {
-            stream,
-            buffer: Vec::new(),
-            start: 0,
-        })
-    }
-
     /// Sends all bytes.
     pub fn send(&mut self, bytes: &[u8]) -> Result<(), Error> {
         self.stream.write_all(bytes).map_err(|e| classify("sending", e))
@@ -138,14 +128,21 @@ impl Wire {
         }
     }
 
-    /// Tells the guest that nothing more will be sent.
-    pub fn finish_sending(&self) {
-        // Fails only when the connection is gone, which the next read reports.
-        let _ = self.stream.shutdown(Shutdown::Write);
+    /// What ends this connection from another thread.
+    pub fn ender(&self) -> Result<Ender, Error> {
+        Ok(Ender(
+            self.stream.try_clone().map_err(|e| classify("cloning the socket", e))?,
+        ))
     }
+}
 
-    /// Ends both directions, which wakes a thread that reads or writes the other handle.
-    pub fn abort(&self) {
-        let _ = self.stream.shutdown(Shutdown::Both);
+/// Ends a connection, whatever its owner waits for.
+pub struct Ender(TcpStream);
+
+impl Ender {
+    /// Ends both directions.
+    pub fn end(&self) {
+        // Fails only when the connection is gone already.
+        let _ = self.0.shutdown(Shutdown::Both);
     }
 }

@@ -345,3 +345,15 @@ fn udp_counts_lost_datagrams() {
     assert!(verdict.good(), "{verdict:?}");
     assert_eq!(counts.lost.load(Ordering::Relaxed), 1);
 }
+
+#[test]
+fn a_dropped_load_does_not_wait_for_answers() {
+    let at = serve(|mut stream| {
+        let _ = std::io::copy(&mut stream, &mut std::io::sink());
+    });
+    let start = Instant::now();
+    let load = echo::start(&Local, at, &echo::Options::default()).unwrap();
+    std::thread::sleep(Duration::from_millis(20));
+    drop(load);
+    assert!(start.elapsed() < load::wire::SILENCE_LIMIT / 2);
+}
