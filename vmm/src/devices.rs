@@ -479,6 +479,8 @@ impl DeviceManager {
             ged: self.ged.state(),
             pci: self.root.state(),
             virtio,
+            request: None,
+            paused: false,
         }
     }
 

@@ -14,6 +14,9 @@ pub trait Plugin: Send + Sync {
     /// The VM is about to end by its owner's will (guest power-off, vm.shutdown, vm.delete): its outputs leave, and the
     /// backup is told that there is nothing to take over.
     fn vm_ends(&self, reason: &str);
+    /// The VM cannot run on here, and it is not known to be its own fault: this host counts as dead, and a backup takes
+    /// over. Followed by `vm_ends`.
+    fn vm_failed(&self, reason: &str);
     /// The VMM ends: nothing waits for a primary any longer, threads are joined.
     fn shutdown(&self);
     /// A VM cannot be made by the API now, with the reason (this VMM is a backup).

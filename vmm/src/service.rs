@@ -14,7 +14,8 @@ use hypervisor::Hypervisor;
 use crate::interrupts::lock;
 use crate::plugin::Plugin;
 use crate::snapshot;
-use crate::vm::{GuestRequest, Holder, Vm, VmContext};
+use crate::state::PowerRequest;
+use crate::vm::{self, GuestRequest, Holder, Vm, VmContext};
 
 /// How a VMM is made.
 pub struct VmmOptions {
@@ -136,19 +137,31 @@ impl Vmm {
         self.context.events.emit("vm", event, &[]);
     }
 
+    /// Requests of a VM that is gone, was reset meanwhile, or runs elsewhere now, are not served.
+    fn is_asked(&self, request: PowerRequest) -> Option<Arc<Vm>> {
+        self.vm()
+            .filter(|vm| vm.asked() == Some(request) && vm.stop_reason().is_none())
+    }
+
     fn guest_request(&self, request: GuestRequest) {
         match request {
             GuestRequest::Shutdown => {
+                if self.is_asked(PowerRequest::Shutdown).is_none() {
+                    return;
+                }
                 log::info!("the guest powered off");
                 self.end_vm("the guest powered off");
                 self.emit("shutdown");
                 self.request_exit();
             }
             GuestRequest::Reset => {
-                let Some(vm) = self.vm() else { return };
+                let Some(vm) = self.is_asked(PowerRequest::Reset) else {
+                    return;
+                };
                 self.emit("rebooting");
                 match vm.reset() {
                     Ok(()) => self.emit("rebooted"),
+                    Err(vm::Error::Stopped(reason)) => log::info!("the VM is not reset, it was stopped: {reason}"),
                     Err(e) => {
                         log::error!("reset of the VM failed, it is stopped: {e}");
                         self.end_vm("the reset of the VM failed");
@@ -158,6 +171,9 @@ impl Vmm {
             }
             GuestRequest::Failed(reason) => {
                 log::error!("the VM is stopped: {reason}");
+                if let Some(plugin) = &self.plugin {
+                    plugin.vm_failed(&reason);
+                }
                 self.end_vm(&reason);
                 self.emit("panic");
                 self.request_exit();
@@ -179,9 +195,10 @@ impl Vmm {
     }
 
     fn end_vm(&self, reason: &str) {
-        if self.vm().is_some()
+        if let Some(vm) = self.vm()
             && let Some(plugin) = &self.plugin
         {
+            vm.set_ending();
             plugin.vm_ends(reason);
         }
         let vm = lock(&self.slot).vm.take();
@@ -218,6 +235,10 @@ impl Vmm {
     }
 
     fn boot(&self) -> Result<Response, ApiError> {
+        // A takeover would put its VM in the place of this one.
+        if let Some(reason) = self.plugin.as_ref().and_then(|p| p.refuses_vm()) {
+            return Err(error(409, "ft_backup", reason));
+        }
         let mut slot = lock(&self.slot);
         let Some(config) = slot.config.clone() else {
             return Err(not_created());
@@ -259,7 +280,10 @@ impl Vmm {
     fn reboot(&self) -> Result<Response, ApiError> {
         let vm = self.booted()?;
         self.emit("rebooting");
-        vm.reset().map_err(internal)?;
+        vm.reset().map_err(|e| match e {
+            vm::Error::Stopped(_) => error(409, "vm_stopped", e),
+            e => internal(e),
+        })?;
         self.emit("rebooted");
         Ok(Response::Empty)
     }

@@ -8,7 +8,16 @@ use serde::{Deserialize, Serialize};
 use virtio_devices::VirtioState;
 
 /// Version of [`VmState`]; other versions are refused.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
+
+/// What a guest asks of its machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum PowerRequest {
+    /// Power off.
+    Shutdown,
+    /// Reset.
+    Reset,
+}
 
 /// Everything of a VM that is not RAM and not disk content.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -31,4 +40,8 @@ pub struct VmState {
     pub pci: pci::root::RootState,
     /// virtio devices by id, in PCI order.
     pub virtio: Vec<(String, VirtioState)>,
+    /// Asked for by the guest, and not done yet.
+    pub request: Option<PowerRequest>,
+    /// The VM was paused by its owner.
+    pub paused: bool,
 }

@@ -65,6 +65,8 @@ struct Control {
     target: Target,
     parked: usize,
     running: usize,
+    /// How often states were loaded.
+    loads: u64,
     kickers: Vec<Arc<dyn VcpuKicker>>,
 }
 
@@ -90,6 +92,7 @@ impl Vcpus {
                 target: Target::Park,
                 parked: 0,
                 running: vcpus.len(),
+                loads: 0,
                 kickers: Vec::with_capacity(vcpus.len()),
             }),
             changed: Condvar::new(),
@@ -190,6 +193,7 @@ impl Vcpus {
                 .set_state(state, advance_ns, base)
                 .map_err(|e| Error::Vcpu(i, e))?;
         }
+        lock(&self.shared.control).loads += 1;
         Ok(())
     }
 
@@ -255,16 +259,22 @@ fn wait_for_run(shared: &Shared, kicker: &dyn VcpuKicker) -> bool {
 fn vcpu_thread(index: usize, vcpu: &Mutex<Box<dyn Vcpu>>, shared: &Shared, exits: &Exits) {
     let kicker = lock(vcpu).kicker();
     lock(&shared.control).kickers.push(kicker.clone());
+    // As of which load of states this vCPU cannot go on. Only another state (a reset) changes that: the VM may be held and
+    // let go (a checkpoint) before somebody handles the event, and what KVM runs after a triple fault is anything.
+    let mut fallen = None;
     while wait_for_run(shared, kicker.as_ref()) {
-        let mut vcpu = lock(vcpu);
-        let outcome = run_until_kicked(vcpu.as_mut(), exits);
-        drop(vcpu);
-        match outcome {
-            Ok(Left::Kicked) => continue,
-            Ok(Left::Reset) => exits.events.reset(),
-            Err(reason) => exits.events.failed(format!("vCPU {index}: {reason}")),
+        let loads = lock(&shared.control).loads;
+        if fallen != Some(loads) {
+            let mut vcpu = lock(vcpu);
+            let outcome = run_until_kicked(vcpu.as_mut(), exits);
+            drop(vcpu);
+            match outcome {
+                Ok(Left::Kicked) => continue,
+                Ok(Left::Reset) => exits.events.reset(),
+                Err(reason) => exits.events.failed(format!("vCPU {index}: {reason}")),
+            }
+            fallen = Some(loads);
         }
-        // This vCPU cannot go on by itself: it waits for the one who handles the event to pause the VM.
         let mut control = lock(&shared.control);
         while control.target == Target::Run {
             control = shared.changed.wait(control).unwrap_or_else(PoisonError::into_inner);

@@ -1,10 +1,11 @@
 //! One VM: built parked, then booted or given a saved state, paused, resumed, reset, shut down.
 //!
 //! Lock order: `run` (who holds the VM still), then whatever vCPUs and devices lock. `run` is held while the VM is being
-//! paused or resumed, so that concurrent requests (the API's pause, FT's checkpoint, a reset) follow one another.
+//! paused, resumed or reset, so that concurrent requests (the API's pause, FT's checkpoint, a reset) follow one another. A
+//! pause can take as long as FT makes devices wait; who only asks (`vm.info`) takes no lock.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use api::{Events, VmConfig};
@@ -14,7 +15,7 @@ use thiserror::Error;
 use crate::devices::{DeviceManager, MachineSignals};
 use crate::interrupts::{Router, lock};
 use crate::memory::{self, GuestRam};
-use crate::state::{self, VmState};
+use crate::state::{self, PowerRequest, VmState};
 use crate::vcpus::{self, Exits, GuestEvents, Vcpus};
 
 /// Errors of a VM's life.
@@ -88,6 +89,8 @@ pub enum Holder {
 
 struct Signals {
     requests: crossbeam_channel::Sender<GuestRequest>,
+    /// What the guest asked for and did not get yet: a part of its state. Asking again changes nothing.
+    asked: Mutex<Option<PowerRequest>>,
 }
 
 impl Signals {
@@ -95,11 +98,28 @@ impl Signals {
         // The receiver lives as long as the VMM; after it, nobody is interested.
         let _ = self.requests.send(request);
     }
+
+    fn ask(&self, request: PowerRequest) {
+        let mut asked = lock(&self.asked);
+        if asked.is_none() {
+            *asked = Some(request);
+            self.send(request.into());
+        }
+    }
+}
+
+impl From<PowerRequest> for GuestRequest {
+    fn from(request: PowerRequest) -> Self {
+        match request {
+            PowerRequest::Shutdown => Self::Shutdown,
+            PowerRequest::Reset => Self::Reset,
+        }
+    }
 }
 
 impl GuestEvents for Signals {
     fn reset(&self) {
-        self.send(GuestRequest::Reset);
+        self.ask(PowerRequest::Reset);
     }
 
     fn failed(&self, reason: String) {
@@ -109,17 +129,16 @@ impl GuestEvents for Signals {
 
 impl MachineSignals for Signals {
     fn shutdown(&self) {
-        self.send(GuestRequest::Shutdown);
+        self.ask(PowerRequest::Shutdown);
     }
 
     fn reset(&self) {
-        self.send(GuestRequest::Reset);
+        self.ask(PowerRequest::Reset);
     }
 }
 
 struct Run {
     holders: u8,
-    stop_reason: Option<String>,
 }
 
 /// Dirty rings where this host has them; the largest, since a full one costs an exit.
@@ -143,6 +162,14 @@ pub struct Vm {
     devices: DeviceManager,
     ram: GuestRam,
     run: Mutex<Run>,
+    /// Signalled when a hold ends, or will never end.
+    released: Condvar,
+    user_paused: AtomicBool,
+    stopped: OnceLock<String>,
+    signals: Arc<Signals>,
+    /// The guest's request came with a loaded state, and nobody was told.
+    untold: AtomicBool,
+    ending: AtomicBool,
     /// vCPU states before the first instruction, for resets.
     power_on: Vec<VcpuState>,
     down: AtomicBool,
@@ -166,6 +193,7 @@ impl Vm {
         let tsc_khz = context.hypervisor.capabilities().tsc_khz.unwrap_or(0);
         let signals = Arc::new(Signals {
             requests: context.requests.clone(),
+            asked: Mutex::default(),
         });
         let router = Router::new(kvm.clone());
         let devices = DeviceManager::new(&config, &ram, &kvm, &router, signals.clone())?;
@@ -184,7 +212,7 @@ impl Vm {
             pio: devices.pio().clone(),
             mmio: devices.mmio().clone(),
             ioapic: devices.ioapic().clone(),
-            events: signals,
+            events: signals.clone(),
         };
         let vcpus = Vcpus::start(vcpus, &exits)?;
         let power_on = vcpus.states()?;
@@ -199,8 +227,13 @@ impl Vm {
             ram,
             run: Mutex::new(Run {
                 holders: Holder::User as u8,
-                stop_reason: None,
             }),
+            released: Condvar::new(),
+            user_paused: AtomicBool::new(true),
+            stopped: OnceLock::new(),
+            signals,
+            untold: AtomicBool::new(false),
+            ending: AtomicBool::new(false),
             power_on,
             down: AtomicBool::new(false),
         }))
@@ -260,33 +293,52 @@ impl Vm {
 
     /// Holds the VM still: every vCPU out of the guest, every device at a request boundary. Idempotent for a holder.
     pub fn pause(&self, holder: Holder) -> Result<(), Error> {
-        let mut run = lock(&self.run);
+        self.hold(&mut lock(&self.run), holder);
+        Ok(())
+    }
+
+    fn hold(&self, run: &mut Run, holder: Holder) {
         let before = run.holders;
         run.holders |= holder as u8;
+        if holder == Holder::User {
+            self.user_paused.store(true, Ordering::SeqCst);
+        }
         if before == 0 {
             self.vcpus.pause();
         }
         if before & !(Holder::Throttle as u8) == 0 {
             self.devices.pause();
         }
-        Ok(())
     }
 
     /// Takes a hold back; the VM runs when it was the last.
     pub fn resume(&self, holder: Holder) -> Result<(), Error> {
         let mut run = lock(&self.run);
-        if let Some(reason) = &run.stop_reason {
+        if let Some(reason) = self.stopped.get() {
             return Err(Error::Stopped(reason.clone()));
         }
+        self.unhold(&mut run, holder);
+        Ok(())
+    }
+
+    fn unhold(&self, run: &mut Run, holder: Holder) {
         let before = run.holders;
         run.holders &= !(holder as u8);
         if before & !(Holder::Throttle as u8) != 0 && run.holders & !(Holder::Throttle as u8) == 0 {
             self.devices.resume();
         }
+        if holder == Holder::User {
+            self.user_paused.store(false, Ordering::SeqCst);
+        }
         if before != 0 && run.holders == 0 {
             self.vcpus.resume();
+            if self.untold.swap(false, Ordering::SeqCst)
+                && let Some(request) = *lock(&self.signals.asked)
+            {
+                self.signals.send(request.into());
+            }
         }
-        Ok(())
+        self.released.notify_all();
     }
 
     /// Holds only the vCPUs still.
@@ -301,28 +353,40 @@ impl Vm {
 
     /// Undoes [`Vm::pause_vcpus`].
     pub fn resume_vcpus(&self, holder: Holder) {
-        let mut run = lock(&self.run);
-        let before = run.holders;
-        run.holders &= !(holder as u8);
-        if before != 0 && run.holders == 0 {
-            self.vcpus.resume();
-        }
+        self.unhold(&mut lock(&self.run), holder);
     }
 
     /// The user (or the API's pause) holds it.
     pub fn is_user_paused(&self) -> bool {
-        lock(&self.run).holders & (Holder::User as u8) != 0
+        self.user_paused.load(Ordering::SeqCst)
+    }
+
+    /// Its owner ends it: FT must not begin any more.
+    pub fn set_ending(&self) {
+        self.ending.store(true, Ordering::SeqCst);
+    }
+
+    /// See [`Vm::set_ending`].
+    pub fn is_ending(&self) -> bool {
+        self.ending.load(Ordering::SeqCst)
+    }
+
+    /// What the guest asked for and did not get yet.
+    pub fn asked(&self) -> Option<PowerRequest> {
+        *lock(&self.signals.asked)
     }
 
     /// It never runs again here, and why.
     pub fn stop_reason(&self) -> Option<String> {
-        lock(&self.run).stop_reason.clone()
+        self.stopped.get().cloned()
     }
 
     /// Holds the VM still for ever: this host lost or gave away the right to run it (rule R4).
     pub fn stop_for_good(&self, reason: &str) {
-        let _ = self.pause(Holder::Stopped);
-        lock(&self.run).stop_reason.get_or_insert_with(|| reason.to_string());
+        let mut run = lock(&self.run);
+        self.hold(&mut run, Holder::Stopped);
+        self.stopped.get_or_init(|| reason.to_string());
+        self.released.notify_all();
     }
 
     /// Complete state; the VM must be paused.
@@ -331,7 +395,9 @@ impl Vm {
             what: "read kvmclock",
             source,
         })?;
-        Ok(self.devices.save(self.vcpus.states()?, clock))
+        let mut state = self.devices.save(self.vcpus.states()?, clock);
+        (state.request, state.paused) = (self.asked(), self.is_user_paused());
+        Ok(state)
     }
 
     /// Loads a complete state into this VM, which must never have run, and whose RAM must already be that state's.
@@ -352,23 +418,41 @@ impl Vm {
         self.kvm.set_clock(&state.clock, advance_ns).map_err(clock)?;
         self.vcpus.set_states(&state.vcpus, advance_ns)?;
         self.devices.kick();
-        Ok(())
+        *lock(&self.signals.asked) = state.request;
+        match state.request {
+            // Done now, for a vCPU that fell into it cannot run.
+            Some(PowerRequest::Reset) => self.reset(),
+            Some(PowerRequest::Shutdown) => {
+                self.untold.store(true, Ordering::SeqCst);
+                Ok(())
+            }
+            None => Ok(()),
+        }
     }
 
     /// Resets the machine in place, as its reset button would: devices and vCPUs as at power-on, RAM zero, the kernel
-    /// loaded anew. FT goes on over it: to the backup it is one more change of state.
+    /// loaded anew. FT goes on over it: to the backup it is one more change of state. A checkpoint shows the machine as it
+    /// was or as it will be, never half of it (R2): one under way is waited for, the next one waits for this.
     pub fn reset(&self) -> Result<(), Error> {
-        self.pause(Holder::Vmm)?;
+        let mut run = lock(&self.run);
+        self.hold(&mut run, Holder::Vmm);
+        while run.holders & Holder::Ft as u8 != 0 && self.stopped.get().is_none() {
+            run = self.released.wait(run).unwrap_or_else(PoisonError::into_inner);
+        }
+        if let Some(reason) = self.stopped.get() {
+            return Err(Error::Stopped(reason.clone()));
+        }
         let result = (|| {
             self.devices.reset()?;
             self.ram.zero()?;
             self.vcpus.set_states(&self.power_on, 0)?;
             self.load()
         })();
-        match result {
-            Ok(()) => self.resume(Holder::Vmm),
-            Err(e) => Err(e),
+        if result.is_ok() {
+            *lock(&self.signals.asked) = None;
+            self.unhold(&mut run, Holder::Vmm);
         }
+        result
     }
 
     /// Presses the power button.

@@ -100,6 +100,10 @@ impl FtPlugin {
             return Err(error(409, "vm_stopped", format!("the VM was stopped here: {reason}")));
         }
         let _changing = lock(&self.changing);
+        // With the lock: `vm_ends` comes after this session began, or has come.
+        if vm.is_ending() {
+            return Err(error(409, "vm_ends", "the VM is being shut down"));
+        }
         if let Some(reason) = in_use(&self.session()) {
             return Err(error(409, "ft_in_use", reason));
         }
@@ -218,6 +222,17 @@ impl Plugin for FtPlugin {
         };
         if ended {
             end(self.put(Session::Off));
+        }
+    }
+
+    fn vm_failed(&self, reason: &str) {
+        let _changing = lock(&self.changing);
+        if let Session::Primary(primary) = self.session()
+            && in_use(&self.session()).is_some()
+        {
+            log::error!("ft: this host gives the VM up: {reason}");
+            primary.give_up();
+            self.put(Session::Off);
         }
     }
 

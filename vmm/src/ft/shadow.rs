@@ -266,14 +266,18 @@ impl Shadow for VmShadow {
                 net.exchange(|inner| Box::new(ReplayNet::new(inner, frames)));
             }
         }
+        // All that can fail comes before the VM runs: after a failed activation the primary may go on (R4).
+        let protected = ProtectedVm::new(vm.clone())?;
         (self.adopt)(vm.clone());
         // Switches learn where the addresses are now before the first frame leaves; then comes what the primary may not
         // have sent; then the guest runs.
         vm.announce();
         send_held(&vm, takeover.outputs);
-        vm.resume(Holder::User).map_err(machine_error)?;
+        // Paused by its owner there, it is paused here.
+        if !state.paused {
+            vm.resume(Holder::User).map_err(machine_error)?;
+        }
         vm.announce_again();
-        let protected = ProtectedVm::new(vm)?;
         Ok(protected)
     }
 
