@@ -253,7 +253,11 @@ pub fn tables(address: u64, ram_size: u64, vcpus: u8) -> Vec<u8> {
     out
 }
 
-/// Writes the tables to their place in guest RAM; gives the RSDP's address.
+/// What stands at the reset vector in place of a firmware: `mov al, 0xfe; out 0x64, al; hlt; jmp $-1`. Linux on a
+/// hardware-reduced platform wants to reset by EFI, which is not there, and then jumps to the vector in real mode.
+const RESET_CODE: [u8; 7] = [0xb0, 0xfe, 0xe6, ged::I8042_PORT as u8, 0xf4, 0xeb, 0xfd];
+
+/// Writes the tables to their place in guest RAM, and code to the reset vector; gives the RSDP's address.
 pub fn install<M: GuestMemoryBackend>(memory: &M, ram_size: u64, vcpus: u8) -> Result<u64, Error> {
     let bytes = tables(layout::ACPI_START, ram_size, vcpus);
     if bytes.len() as u64 > layout::ACPI_SIZE {
@@ -264,6 +268,7 @@ pub fn install<M: GuestMemoryBackend>(memory: &M, ram_size: u64, vcpus: u8) -> R
     }
     memory
         .write_slice(&bytes, GuestAddress(layout::ACPI_START))
+        .and_then(|()| memory.write_slice(&RESET_CODE, GuestAddress(layout::RESET_VECTOR)))
         .map_err(|e| Error::Write(e.to_string()))?;
     Ok(layout::ACPI_START)
 }

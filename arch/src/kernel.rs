@@ -205,7 +205,11 @@ where
 fn memory_map(ram_size: u64) -> Vec<(u64, u64, u32)> {
     let mut map = vec![
         (0, layout::CONVENTIONAL_END, E820_RAM),
-        (layout::ACPI_START, layout::ACPI_SIZE, E820_RESERVED),
+        (
+            layout::ACPI_START,
+            layout::EXTENDED_START - layout::ACPI_START,
+            E820_RESERVED,
+        ),
         (
             layout::EXTENDED_START,
             layout::low_ram_end(ram_size).saturating_sub(layout::EXTENDED_START),

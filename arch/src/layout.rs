@@ -4,6 +4,7 @@
 //! ```text
 //! 0                RAM (boot structures below 640 KiB, see the kernel module)
 //! 0xe_0000         ACPI tables
+//! 0xf_fff0         real-mode reset vector
 //! 0x10_0000        RAM, up to 3 GiB
 //! 0xc000_0000      PCI window for 32-bit BARs
 //! 0xe800_0000      ECAM of bus 0
@@ -33,7 +34,9 @@ pub const TSS_START: u64 = 0xfffb_d000;
 /// ACPI tables, RSDP first.
 pub const ACPI_START: u64 = 0xe_0000;
 /// Room for ACPI tables in bytes.
-pub const ACPI_SIZE: u64 = 0x2_0000;
+pub const ACPI_SIZE: u64 = RESET_VECTOR - ACPI_START;
+/// Where a processor in real mode finds the firmware's first instruction (f000:fff0).
+pub const RESET_VECTOR: u64 = 0xf_fff0;
 /// End of conventional RAM.
 pub const CONVENTIONAL_END: u64 = 0xa_0000;
 /// Start of extended RAM.
