@@ -28,6 +28,14 @@ pub type Waker = Arc<dyn Fn() + Send + Sync>;
 /// Bytes that an output costs beside its data.
 const OVERHEAD: u64 = 64;
 
+impl Output {
+    /// Bytes that it counts for.
+    fn size(&self) -> u64 {
+        let (Self::Frame { data, .. } | Self::Console { data, .. }) = self;
+        data.len() as u64 + OVERHEAD
+    }
+}
+
 /// Outputs of one epoch, in order.
 #[derive(Debug, Default)]
 pub struct Held {
@@ -250,6 +258,19 @@ impl Interposer {
         drop(inner);
         self.room.notify_all();
         taken
+    }
+
+    /// Takes outputs back that could not leave, in their order: those of epochs that were taken last.
+    pub fn put_back(&self, held: Vec<Held>) {
+        let mut inner = self.lock();
+        if inner.mode == Mode::Closed {
+            return;
+        }
+        for mut held in held.into_iter().rev() {
+            held.bytes = held.outputs.iter().map(Output::size).sum();
+            inner.sealed_bytes += held.bytes;
+            inner.sealed.push_front(held);
+        }
     }
 
     /// Takes everything that is held, the running epoch's outputs too, and ends holding and logging: the VM goes on

@@ -16,20 +16,28 @@ use crate::transport::Stream;
 use crate::wire::frame::OutFrame;
 use crate::wire::header;
 
-/// The process's monotonic clock, in the core's unit; never 0.
+/// A clock of this host, in the core's unit; never 0. It goes on while the host sleeps: a primary that wakes up must know
+/// that its lease is over (R4), which the clock of `Instant` would not tell it.
 #[derive(Debug, Clone, Copy)]
-pub struct Clock(Instant);
+pub struct Clock(Nanos);
+
+fn boot_time() -> Nanos {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: clock_gettime(2) fills the timespec; every Linux of the last decade has this clock.
+    unsafe { libc::clock_gettime(libc::CLOCK_BOOTTIME, &mut time) };
+    time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
+}
 
 impl Default for Clock {
     fn default() -> Self {
-        Self(Instant::now())
+        Self(boot_time())
     }
 }
 
 impl Clock {
     /// Now.
     pub fn now(&self) -> Nanos {
-        self.0.elapsed().as_nanos().min(u128::from(u64::MAX - 1)) as u64 + 1
+        boot_time().saturating_sub(self.0) + 1
     }
 }
 

@@ -22,7 +22,7 @@ use crate::primary::session::{answer_of, lock};
 use crate::transport::Stream;
 use crate::wire::frame::{Frame, encode};
 use crate::wire::hello::Hello;
-use crate::wire::reader::FrameReader;
+use crate::wire::reader::{FrameReader, ReadError};
 
 /// Bytes staged and not applied above which acknowledgements wait.
 const BACKLOG: u64 = 256 << 20;
@@ -263,12 +263,20 @@ impl Session {
         });
     }
 
+    fn broken(self: &Arc<Self>, reason: String) {
+        self.feed(Event::PeerBroken {
+            heard: self.heard.load(Ordering::Acquire),
+            reason,
+        });
+    }
+
     /// The receiver: returns when the connection ends.
     fn receive(self: &Arc<Self>, mut reader: FrameReader<Stream>) {
         let mut heard = || self.heard.store(self.clock.now(), Ordering::Release);
         loop {
             let (envelope, frame) = match reader.next(&mut heard) {
                 Ok(got) => got,
+                Err(e @ ReadError::Decode(_)) => return self.broken(format!("log channel: {e}")),
                 Err(e) => return self.lost(format!("log channel: {e}")),
             };
             if let Stamp::Echo(stamp) = &self.outbox.stamp {
@@ -282,7 +290,7 @@ impl Session {
             lock(&self.measures).add(&frame, envelope.size);
             if let Err(e) = self.take(frame) {
                 // The connection is closed by the core.
-                self.lost(e);
+                self.broken(e);
             }
         }
     }

@@ -42,6 +42,15 @@ impl Arbitration {
         }
     }
 
+    /// Begins later: the caller asks when [`Arbitration::ask_again`] says so.
+    pub fn begin_at(at: Nanos) -> Self {
+        Self {
+            asking: false,
+            retry_at: at,
+            ..Self::begin()
+        }
+    }
+
     /// No answer came: wait, then ask again.
     pub fn unanswered(&mut self, reason: String, now: Nanos) {
         self.asking = false;

@@ -8,6 +8,7 @@ use std::collections::VecDeque;
 
 use super::arbitration::{Answer, Arbitration};
 use super::liveness::Silence;
+use super::staging::MAX_AHEAD;
 use super::{Nanos, ms};
 use crate::config::FtState;
 use crate::event::Status;
@@ -70,11 +71,18 @@ pub enum Event {
     ApplyFailed(String),
     /// A frame of the primary.
     Peer(FromPrimary),
-    /// The connection is closed, or a frame is damaged or impossible.
+    /// The connection is closed.
     PeerLost {
         /// When bytes last came.
         heard: Nanos,
         /// What happened.
+        reason: String,
+    },
+    /// A frame is damaged or impossible.
+    PeerBroken {
+        /// When bytes last came.
+        heard: Nanos,
+        /// What is wrong.
         reason: String,
     },
     /// The arbiter's answer.
@@ -251,6 +259,7 @@ impl BackupState {
             Event::ApplyFailed(reason) => self.broken(format!("an epoch cannot be applied: {reason}"), &mut out),
             Event::Peer(message) => self.peer(message, now, &mut out),
             Event::PeerLost { heard, reason } => self.lose(reason, heard, now, &mut out),
+            Event::PeerBroken { heard, reason } => self.drop_peer(reason, heard, now, &mut out),
             Event::Arbiter(answer) => self.answered(answer, now, &mut out),
             Event::Activated => {
                 if let Phase::TakingOver {
@@ -307,7 +316,12 @@ impl BackupState {
         }
         if epoch != self.staged + 1 {
             let reason = format!("epoch {epoch} came after epoch {}", self.staged);
-            return self.lose(reason, now, now, out);
+            return self.drop_peer(reason, now, now, out);
+        }
+        // Acknowledgements wait when applying lags behind. Who does not wait for them would fill this host's memory.
+        if epoch > self.acked + MAX_AHEAD {
+            let reason = format!("epoch {epoch} came before epoch {} was acknowledged", self.acked + 1);
+            return self.drop_peer(reason, now, now, out);
         }
         if matches!(self.phase, Phase::Syncing) {
             self.phase = Phase::Armed;
@@ -382,7 +396,7 @@ impl BackupState {
             }
             FromPrimary::Handover(epoch) => {
                 if epoch == 0 || epoch != self.acked || epoch != self.staged {
-                    return self.lose(
+                    return self.drop_peer(
                         format!("handover of epoch {epoch}, which is not the last"),
                         now,
                         now,
@@ -422,6 +436,18 @@ impl BackupState {
                 self.ask(false, out);
             }
             _ => {}
+        }
+    }
+
+    /// The primary makes no sense. It may be alive and well but for that, and not know yet that it is left: nothing is
+    /// asked until its right to release outputs has ended (R4). It asks first, as a rule.
+    fn drop_peer(&mut self, reason: String, heard: Nanos, now: Nanos, out: &mut Vec<Action>) {
+        self.lose(reason, heard, now, out);
+        if let Phase::Arbitrating { arbitration, .. } = &mut self.phase
+            && matches!(out.last(), Some(Action::AskArbiter { .. }))
+        {
+            out.pop();
+            *arbitration = Arbitration::begin_at(heard + self.timeout);
         }
     }
 

@@ -88,6 +88,11 @@ impl Lease {
         self.until = self.until.max(stamp + (self.timeout - self.timeout / 8));
     }
 
+    /// When it ends; 0: it never began.
+    pub fn until(&self) -> Nanos {
+        self.until
+    }
+
     /// Whether outputs may leave now.
     pub fn holds(&self, now: Nanos) -> bool {
         now < self.until

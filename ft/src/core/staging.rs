@@ -14,7 +14,7 @@ use crate::wire::frame::EndMarker;
 const MAX_STATE: u64 = 64 << 20;
 
 /// Number of epochs that may be begun before the oldest of them is whole.
-const MAX_AHEAD: u64 = 16;
+pub(super) const MAX_AHEAD: u64 = 16;
 
 /// A frame that cannot belong to this VM or this moment. The primary that sent it is dropped (R6).
 #[derive(Debug, Clone, PartialEq, Eq, Error)]

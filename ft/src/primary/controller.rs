@@ -7,7 +7,7 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::precopy;
 use super::session::{Session, lock};
@@ -126,6 +126,11 @@ impl Controller {
                 continue;
             }
             if self.session.quit.load(Ordering::SeqCst) {
+                if lock(&self.session.core).is_over() {
+                    // It is decided who runs the VM, and what that means for this side is on its way to the mailbox.
+                    std::thread::sleep(Duration::from_millis(1));
+                    continue;
+                }
                 return self.give_up();
             }
             let deadline = lock(&self.session.core).deadline();

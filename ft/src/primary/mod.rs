@@ -90,7 +90,11 @@ impl Primary {
     pub fn disable(&self) -> Result<(), Error> {
         let status = lock(&self.session.core).status();
         match status.state {
-            FtState::Disabled | FtState::Stopped => return Ok(()),
+            FtState::Disabled | FtState::Stopped => {
+                // Decided, but perhaps not done yet.
+                self.session.wait_end(PATIENCE);
+                return Ok(());
+            }
             FtState::WaitingForArbiter => {
                 let reason = status.reason.unwrap_or_default();
                 let message = format!("FT cannot be ended while it is open who runs the VM ({reason})");

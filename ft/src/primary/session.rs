@@ -26,6 +26,9 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// Outputs released at once.
+const AT_ONCE: usize = 256;
+
 /// What a session is made of.
 pub struct SessionParts {
     pub(super) machine: Arc<dyn Protected>,
@@ -286,18 +289,28 @@ impl Session {
         self.machine.throttle(100);
     }
 
+    /// The core's word may be old by now: this thread, or the whole process, may have been stopped since. So the lease is
+    /// looked at again before each few outputs (R4); what it does not cover stays held for the next word.
     fn release(&self, epoch: u64) {
         let order = lock(&self.releasing);
-        let mut outputs = Vec::new();
         let mut ages = Vec::new();
-        for mut held in self.interposer.take_committed(epoch) {
-            ages.push((held.outputs.len(), held.age()));
-            outputs.append(&mut held.outputs);
+        let mut taken = VecDeque::from(self.interposer.take_committed(epoch));
+        let mut left = epoch;
+        'epochs: while let Some(held) = taken.front_mut() {
+            let (count, age) = (held.outputs.len(), held.age());
+            while !held.outputs.is_empty() {
+                if !lock(&self.core).may_release(self.clock.now()) {
+                    left = held.epoch - 1;
+                    break 'epochs;
+                }
+                let rest = held.outputs.split_off(held.outputs.len().min(AT_ONCE));
+                self.machine.release(std::mem::replace(&mut held.outputs, rest));
+            }
+            ages.push((count, age));
+            taken.pop_front();
         }
-        if !outputs.is_empty() {
-            self.machine.release(outputs);
-        }
-        self.outbox.mark.store(epoch, Ordering::Release);
+        self.interposer.put_back(taken.into());
+        self.outbox.mark.fetch_max(left, Ordering::AcqRel);
         drop(order);
         let mut metrics = lock(&self.metrics);
         for (count, age) in ages {
@@ -306,6 +319,10 @@ impl Session {
     }
 
     fn ask(self: &Arc<Self>, expected: u64) {
+        // This side stops; a win would keep the other from going on.
+        if self.quit.load(Ordering::SeqCst) {
+            return;
+        }
         let session = self.clone();
         let asked = std::thread::Builder::new().name("ft-arbiter".into()).spawn(move || {
             let answer = session

@@ -42,6 +42,8 @@ pub struct FakeVm {
     pub tracking: Mutex<bool>,
     pub fail_save: Mutex<Option<String>>,
     pub throttled: Mutex<Vec<u8>>,
+    /// How long each call of `release` takes after its outputs left.
+    pub slow_release: Mutex<Duration>,
 }
 
 pub fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -103,6 +105,7 @@ impl FakeVm {
             tracking: Mutex::new(false),
             fail_save: Mutex::default(),
             throttled: Mutex::default(),
+            slow_release: Mutex::default(),
         })
     }
 
@@ -337,6 +340,8 @@ impl Protected for FakeVm {
 
     fn release(&self, outputs: Vec<Output>) {
         lock(&self.wire).extend(outputs);
+        let pause = *lock(&self.slow_release);
+        std::thread::sleep(pause);
     }
 
     fn throttle(&self, run_percent: u8) {

@@ -294,3 +294,54 @@ fn a_loss_during_precopy_leaves_the_vm_untouched() {
     assert_eq!(bed.vm.sent(), [1]);
     assert!(bed.host.live().is_none());
 }
+
+/// A primary whose vCPUs cannot run on, say: it knows itself that it is dead.
+#[test]
+fn a_primary_that_gives_up_is_taken_over() {
+    for _ in 0..8 {
+        let mut bed = Bed::new(FakeVm::new(identity("vm")));
+        let (_, guest) = busy_bed(&mut bed);
+        bed.primary().give_up();
+        assert!(bed.vm.stop_reason().is_some());
+        bed.wait_backup(FtState::Solo);
+        check_outside(&bed);
+        guest.join().unwrap();
+    }
+}
+
+#[test]
+fn a_release_that_the_takeover_overtakes_stops() {
+    let mut bed = Bed::new(FakeVm::new(identity("vm")));
+    let mut config = bed.config();
+    (config.limits.min_epoch_us, config.limits.max_epoch_ms) = (300_000, 1_000);
+    bed.primary = Some(bed.try_enable(config).unwrap());
+    bed.wait_primary(FtState::Protected);
+    *lock(&bed.vm.slow_release) = Duration::from_millis(1_500);
+    (0..2_000).for_each(|_| assert!(bed.vm.count_and_send().is_some()));
+    eventually("the first outputs", || !bed.vm.sent().is_empty());
+    // As if the process was stopped in the middle of it.
+    bed.arbiter_reachable("p", false);
+    bed.relay.cut();
+    bed.wait_backup(FtState::Solo);
+    let left = bed.vm.sent().len();
+    assert!(left < 2_000);
+    bed.wait_primary(FtState::WaitingForArbiter);
+    std::thread::sleep(Duration::from_millis(2_000));
+    assert_eq!(bed.vm.sent().len(), left, "outputs of a primary that was taken over");
+    // They are not lost where they belong.
+    assert_eq!(bed.host.live().unwrap().sent().last(), Some(&2_000));
+}
+
+#[test]
+fn what_one_release_leaves_the_next_one_takes() {
+    let mut bed = Bed::new(FakeVm::new(identity("vm")));
+    bed.protect();
+    // Longer than the lease, shorter than the silence that counts.
+    *lock(&bed.vm.slow_release) = Duration::from_millis(280);
+    for _ in 0..3 {
+        (0..600).for_each(|_| assert!(bed.vm.count_and_send().is_some()));
+    }
+    eventually("all outputs", || bed.vm.sent().len() == 1_800);
+    assert!(bed.vm.sent().into_iter().eq(1..=1_800));
+    assert_eq!(bed.primary().info().state, FtState::Protected);
+}

@@ -126,7 +126,7 @@ impl World {
             Fault::Damage(Side::Primary) => self.primary_step(primary::Event::PeerLost("bad checksum".into())),
             Fault::Damage(Side::Backup) => {
                 let heard = self.now;
-                self.backup_step(backup::Event::PeerLost {
+                self.backup_step(backup::Event::PeerBroken {
                     heard,
                     reason: "bad checksum".into(),
                 });

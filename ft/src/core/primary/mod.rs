@@ -18,6 +18,9 @@ use crate::event::Status;
 /// Longest wait for the backup's word that it is disarmed or has taken over.
 const ANSWER_TIMEOUT: Nanos = ms(20_000);
 
+/// A backup that gives signs of life, but has read nothing for so long, is of no use.
+const DEAF_TIMEOUT: Nanos = ms(30_000);
+
 /// Silence that ends an attempt to protect the VM while it is not protected anyway.
 const SYNC_TIMEOUT: Nanos = ms(10_000);
 
@@ -182,6 +185,8 @@ pub struct PrimaryState {
     handover: Handover,
     silence: Silence,
     lease: Lease,
+    /// When the backup became armed.
+    armed_at: Nanos,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -215,6 +220,7 @@ impl PrimaryState {
             handover: Handover::No,
             silence: Silence::new(SYNC_TIMEOUT.max(limits.timeout), now),
             lease: Lease::new(limits.timeout),
+            armed_at: now,
         }
     }
 
@@ -257,6 +263,11 @@ impl PrimaryState {
     /// The last epoch whose outputs left.
     pub fn released(&self) -> u64 {
         self.released
+    }
+
+    /// Whether outputs of committed epochs may leave now (R4).
+    pub fn may_release(&self, now: Nanos) -> bool {
+        !matches!(self.phase, Phase::Ended(_) | Phase::Arbitrating { .. }) && self.lease.holds(now)
     }
 
     /// Bytes of epochs that are not committed.

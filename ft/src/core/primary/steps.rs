@@ -36,7 +36,12 @@ impl PrimaryState {
         }
         if self.silence.is_dead(heard, now) {
             let silent = now.saturating_sub(heard) / ms(1);
-            self.lose(format!("the backup was silent for {silent} ms"), now, out);
+            return self.lose(format!("the backup was silent for {silent} ms"), now, out);
+        }
+        let deaf = now.saturating_sub(self.lease.until().max(self.armed_at));
+        if self.armed && deaf > DEAF_TIMEOUT.max(2 * self.limits.timeout) {
+            let reason = format!("the backup lives, but has read nothing for {} ms", deaf / ms(1));
+            self.lose(reason, now, out);
         }
     }
 
@@ -50,7 +55,7 @@ impl PrimaryState {
         self.pacing.next(dirty_bytes, now);
         (self.running_bytes, self.output) = (0, false);
         if matches!(self.phase, Phase::Syncing) {
-            self.armed = true;
+            (self.armed, self.armed_at) = (true, now);
             self.phase = Phase::Running;
             self.silence = Silence::new(self.limits.timeout, now);
         }
@@ -139,7 +144,7 @@ impl PrimaryState {
         if matches!(self.phase, Phase::Ended(_) | Phase::Arbitrating { .. }) {
             return;
         }
-        if self.committed > self.released && self.lease.holds(now) {
+        if self.committed > self.released && self.may_release(now) {
             self.released = self.committed;
             out.push(Action::Release(self.released));
         }

@@ -1,0 +1,103 @@
+//! Single steps of the protocol core that the simulator does not look at by themselves.
+
+#![allow(clippy::unwrap_used, clippy::panic)]
+
+use ft::config::{FtLimits, FtState};
+use ft::core::backup::{self, BackupState, ToPrimary};
+use ft::core::primary::{self, FromBackup, PrimaryState};
+use ft::core::{Nanos, ms};
+
+const TIMEOUT: Nanos = ms(500);
+
+fn armed_primary() -> PrimaryState {
+    let mut primary = PrimaryState::new(7, (&FtLimits::default()).into(), 1, 1);
+    assert!(primary.begin_first_checkpoint());
+    let done = primary::Event::Checkpointed {
+        bytes: 1,
+        dirty_bytes: 1,
+    };
+    assert_eq!(primary.step(done, ms(1)), [primary::Action::Resume]);
+    primary
+}
+
+fn armed_backup() -> BackupState {
+    let mut backup = BackupState::new(7, TIMEOUT, 1 << 20, 1);
+    let actions = backup.step(backup::Event::Staged { epoch: 1, bytes: 1 }, ms(1));
+    assert!(actions.contains(&backup::Action::Send(ToPrimary::Ack(1))));
+    backup
+}
+
+/// Signs of life every 50 ms, with the stamp that `echo` gives; when the primary loses the backup.
+fn lost_at(primary: &mut PrimaryState, echo: impl Fn(Nanos) -> Nanos) -> Option<Nanos> {
+    (1..2_000).map(|n| ms(50 * n)).find(|now| {
+        let now = *now;
+        let (echo, message) = (echo(now), FromBackup::Heartbeat);
+        primary.step(primary::Event::Peer { echo, message }, now);
+        let tick = primary::Event::Tick {
+            heard: now,
+            running_bytes: 0,
+            output: true,
+        };
+        primary
+            .step(tick, now)
+            .contains(&primary::Action::AskArbiter { expected: 7 })
+    })
+}
+
+#[test]
+fn a_backup_that_lives_but_reads_nothing_is_lost_some_time() {
+    let lost = lost_at(&mut armed_primary(), |_| ms(2)).unwrap();
+    assert!((ms(30_000)..ms(31_000)).contains(&lost), "{lost}");
+    // Slow is not deaf.
+    assert_eq!(
+        lost_at(&mut armed_primary(), |now| now.saturating_sub(ms(25_000))),
+        None
+    );
+}
+
+#[test]
+fn outputs_leave_within_the_lease_alone() {
+    let mut primary = armed_primary();
+    assert!(!primary.may_release(ms(2)));
+    let heartbeat = |echo| primary::Event::Peer {
+        echo,
+        message: FromBackup::Heartbeat,
+    };
+    primary.step(heartbeat(ms(2)), ms(3));
+    assert!(primary.may_release(ms(400)) && !primary.may_release(ms(440)));
+    primary.step(primary::Event::PeerLost("closed".into()), ms(10));
+    assert!(!primary.may_release(ms(11)));
+}
+
+#[test]
+fn after_a_closed_connection_the_backup_asks_at_once_after_garbage_when_the_lease_is_over() {
+    let ask = backup::Action::AskArbiter { expected: 7 };
+    let (heard, reason) = (ms(100), "so".to_string());
+    let mut backup = armed_backup();
+    let event = backup::Event::PeerLost {
+        heard,
+        reason: reason.clone(),
+    };
+    assert!(backup.step(event, ms(101)).contains(&ask));
+
+    let mut backup = armed_backup();
+    let actions = backup.step(backup::Event::PeerBroken { heard, reason }, ms(101));
+    assert_eq!(actions, [backup::Action::Disconnect]);
+    assert_eq!(backup.status().state, FtState::WaitingForArbiter);
+    assert!(backup.step(backup::Event::Tick { heard }, ms(599)).is_empty());
+    assert_eq!(backup.step(backup::Event::Tick { heard }, ms(600)), [ask]);
+}
+
+#[test]
+fn a_primary_that_does_not_wait_for_acknowledgements_is_dropped() {
+    let mut backup = armed_backup();
+    for epoch in 2..100 {
+        // Never applied, and more than the backlog: no acknowledgement.
+        let event = backup::Event::Staged { epoch, bytes: 2 << 20 };
+        if backup.step(event, ms(2)).contains(&backup::Action::Disconnect) {
+            assert_eq!(epoch, 18);
+            return assert!(backup.status().reason.unwrap().contains("acknowledged"));
+        }
+    }
+    panic!("100 epochs staged");
+}
