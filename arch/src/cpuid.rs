@@ -9,6 +9,9 @@ const KVM_TIMING: u32 = 0x4000_0010;
 /// Frequency of KVM's local APIC timer in kHz.
 const APIC_BUS_KHZ: u32 = 1_000_000;
 
+/// Virtualization within the guest, Intel's and AMD's: not offered, for its state is in no checkpoint and no snapshot.
+const VMX: u32 = 1 << 5;
+const SVM: u32 = 1 << 2;
 const X2APIC: u32 = 1 << 21;
 const TSC_DEADLINE: u32 = 1 << 24;
 const HYPERVISOR: u32 = 1 << 31;
@@ -68,6 +71,7 @@ pub fn guest_cpuid(supported: &[CpuIdEntry], apic_id: u8, vcpus: u8, tsc_khz: Op
         match leaf.function {
             1 => {
                 leaf.ebx = leaf.ebx & 0xffff | slots.min(255) << 16 | id << 24;
+                leaf.ecx &= !VMX;
                 leaf.ecx |= X2APIC | TSC_DEADLINE | HYPERVISOR;
                 leaf.edx = if count > 1 { leaf.edx | HTT } else { leaf.edx & !HTT };
             }
@@ -75,6 +79,7 @@ pub fn guest_cpuid(supported: &[CpuIdEntry], apic_id: u8, vcpus: u8, tsc_khz: Op
                 let sharing = if leaf.eax >> 5 & 7 >= 3 { slots - 1 } else { 0 };
                 leaf.eax = leaf.eax & 0x3fff | sharing << 14 | (slots - 1).min(63) << 26;
             }
+            0x8000_0001 => leaf.ecx &= !SVM,
             0x8000_0008 if amd => leaf.ecx = (count - 1) | shift << 12,
             0x8000_001d if leaf.eax & 0x1f != 0 => {
                 let sharing = if leaf.eax >> 5 & 7 >= 3 { slots - 1 } else { 0 };
@@ -148,11 +153,12 @@ mod tests {
     fn host() -> Vec<CpuIdEntry> {
         vec![
             entry(0, 0, 0, [0x1f, 0x6874_7541, 0x444d_4163, 0x6974_6e65]),
-            entry(1, 0, 0, [0, 0x0700_0800, OSXSAVE, HTT]),
+            entry(1, 0, 0, [0, 0x0700_0800, OSXSAVE | VMX, HTT]),
             entry(4, 3, INDEXED, [0x3 << 5 | 3, 0, 0, 0]),
             entry(0xb, 0, INDEXED, [1, 2, 0x100, 77]),
             entry(KVM_SIGNATURE, 0, 0, [0x4000_0001, 0, 0, 0]),
             entry(0x8000_0008, 0, 0, [0x3028, 0, 0xf00f, 0]),
+            entry(0x8000_0001, 0, 0, [0, 0, SVM | 1, 0]),
         ]
     }
 
@@ -178,6 +184,13 @@ mod tests {
             assert_eq!(find(&guest, KVM_SIGNATURE, 0).unwrap().eax, KVM_TIMING);
         }
         assert_eq!(physical_bits(&host()), 40);
+    }
+
+    #[test]
+    fn a_guest_is_offered_no_virtualization_of_its_own() {
+        let guest = guest_cpuid(&host(), 0, 1, None);
+        assert_eq!(find(&guest, 1, 0).unwrap().ecx & (VMX | OSXSAVE), OSXSAVE);
+        assert_eq!(find(&guest, 0x8000_0001, 0).unwrap().ecx, 1);
     }
 
     #[test]
