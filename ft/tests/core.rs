@@ -5,7 +5,9 @@
 use ft::config::{FtLimits, FtState};
 use ft::core::backup::{self, BackupState, ToPrimary};
 use ft::core::primary::{self, FromBackup, PrimaryState};
+use ft::core::staging::Staging;
 use ft::core::{Nanos, ms};
+use ft::machine::{DiskChange, DiskIdentity, Identity};
 
 const TIMEOUT: Nanos = ms(500);
 
@@ -100,4 +102,32 @@ fn a_primary_that_does_not_wait_for_acknowledgements_is_dropped() {
         }
     }
     panic!("100 epochs staged");
+}
+
+#[test]
+fn a_lower_bound_does_not_condemn_what_is_on_its_way() {
+    let identity = Identity {
+        vm_id: "vm".into(),
+        vmm_version: "1".into(),
+        config: "{}".into(),
+        memory: vec![(0, 4096)],
+        vcpus: 1,
+        cpu_features: Vec::new(),
+        tsc_khz: 1,
+        disks: vec![DiskIdentity {
+            id: "_disk0".into(),
+            size: 1 << 20,
+            readonly: false,
+        }],
+        nics: 0,
+    };
+    let mut staging = Staging::new(&identity, 10_000);
+    let write = |staging: &mut Staging| {
+        let (offset, data) = (0, vec![0; 4_000]);
+        staging.disk(1, 0, DiskChange::Write { offset, data })
+    };
+    write(&mut staging).unwrap();
+    staging.set_log_limit(1_000);
+    write(&mut staging).unwrap();
+    assert!(write(&mut staging).is_err());
 }

@@ -45,7 +45,15 @@ impl Checkpoints {
         for old in &mut self.0 {
             old.state = Vec::new();
         }
+        self.0.retain(|old| !old.outputs.is_empty());
         self.0.push_back(checkpoint);
+    }
+
+    /// Bytes of the outputs that may not have left.
+    pub(super) fn output_bytes(&self) -> u64 {
+        let outputs = self.0.iter().flat_map(|checkpoint| &checkpoint.outputs);
+        let data = outputs.map(|(Output::Frame { data, .. } | Output::Console { data, .. })| data.len() as u64);
+        data.sum()
     }
 
     /// State, age at `now` and outputs that are to leave at a takeover at the end of `epoch`.
@@ -173,6 +181,22 @@ mod tests {
             came: epoch * 100,
             age: 7,
         }
+    }
+
+    #[test]
+    fn what_a_primary_never_releases_is_counted_and_epochs_without_outputs_are_not_kept() {
+        let mut checkpoints = Checkpoints::default();
+        for epoch in 1..=100 {
+            let mut checkpoint = checkpoint(epoch);
+            if epoch % 10 != 0 {
+                checkpoint.outputs.clear();
+            }
+            checkpoints.push(checkpoint, 0);
+        }
+        assert_eq!((checkpoints.0.len(), checkpoints.output_bytes()), (10, 10));
+        checkpoints.push(checkpoint(101), 100);
+        assert_eq!(checkpoints.output_bytes(), 1);
+        assert!(checkpoints.take(101, 100, 0).is_some());
     }
 
     #[test]

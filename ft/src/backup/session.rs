@@ -316,7 +316,14 @@ impl Session {
             Frame::ZeroPages { epoch, runs } => staging.zero_pages(epoch, &runs),
             Frame::Disk { epoch, disk, change } => staging.disk(epoch, disk, change),
             Frame::Input { epoch, input } => staging.input(epoch, input),
-            Frame::Outputs { epoch, outputs } => staging.outputs(epoch, outputs),
+            Frame::Outputs { epoch, outputs } => {
+                // A primary holds no more than that itself; one that never says that they left must not fill this host.
+                let kept = lock(&self.checkpoints).output_bytes();
+                if kept > staging.log_limit() {
+                    return Err(format!("the primary holds {kept} bytes of outputs and makes more"));
+                }
+                staging.outputs(epoch, outputs)
+            }
             Frame::State { epoch, data } => staging.state(epoch, &data),
             Frame::End(marker) => {
                 let bytes = staging.end(&marker).map_err(|e| e.to_string())?;

@@ -136,9 +136,14 @@ impl Staging {
         }
     }
 
-    /// Changes the bound of the log.
+    /// Changes the bound of the log. It never falls: what is on its way was made under the old one.
     pub fn set_log_limit(&mut self, log_limit: u64) {
-        self.log_limit = log_limit;
+        self.log_limit = self.log_limit.max(log_limit);
+    }
+
+    /// The bound of the log.
+    pub fn log_limit(&self) -> u64 {
+        self.log_limit
     }
 
     /// Checks that pages are in RAM.

@@ -37,6 +37,8 @@ const PATIENCE: Duration = Duration::from_secs(30);
 pub struct Primary {
     session: Arc<Session>,
     threads: Mutex<Vec<JoinHandle<()>>>,
+    /// Changes of limits follow one another.
+    configuring: Mutex<()>,
 }
 
 /// Begins to protect `machine`. Returns when the backup has accepted; pre-copy then runs in the background, and
@@ -46,6 +48,7 @@ pub fn enable(machine: Arc<dyn Protected>, config: FtEnableConfig, events: Event
     let primary = Primary {
         session: session.clone(),
         threads: Mutex::default(),
+        configuring: Mutex::default(),
     };
     let started = primary.start(&session, stream);
     if let Err(e) = started {
@@ -151,14 +154,25 @@ impl Primary {
 
     /// Changes limits.
     pub fn configure(&self, patch: &FtLimitsPatch) -> Result<(), Error> {
-        let mut limits = lock(&self.session.limits);
-        let changed = patch.apply(&limits);
+        let _configuring = lock(&self.configuring);
+        let before = lock(&self.session.limits).clone();
+        let changed = patch.apply(&before);
         changed.validate()?;
-        // The core first: from here on its lease counts on the backup getting the frame.
-        self.session.feed(Event::SetLimits((&changed).into()));
-        self.session.outbox.post(encode(&Frame::Limits(changed.clone())));
+        let (event, frame) = (
+            Event::SetLimits((&changed).into()),
+            encode(&Frame::Limits(changed.clone())),
+        );
+        if changed.heartbeat_timeout_ms > before.heartbeat_timeout_ms {
+            // The backup first: every frame that is stamped after the core knows must come to it after this one, for a
+            // stamp that returns makes the lease longer. A lost connection shows elsewhere.
+            let _ = self.session.outbox.write_now(&frame);
+            self.session.feed(event);
+        } else {
+            self.session.feed(event);
+            self.session.outbox.post(frame);
+        }
         self.session.interposer.set_bound(session::interposer_bound(&changed));
-        *limits = changed;
+        *lock(&self.session.limits) = changed;
         Ok(())
     }
 

@@ -22,6 +22,9 @@ pub struct Hello {
     pub limits: FtLimits,
 }
 
+/// Two hosts' TSC frequencies may differ by one part in so many: the kernel measures them anew at each boot.
+const TSC_TOLERANCE: u32 = 1000;
+
 /// Names every difference that forbids the pairing. `ours` is the shadow's identity.
 pub fn compare(offered: &Identity, ours: &Identity) -> Result<(), Refusal> {
     let mut found: Vec<(&str, String)> = Vec::new();
@@ -52,12 +55,14 @@ pub fn compare(offered: &Identity, ours: &Identity) -> Result<(), Refusal> {
         offered.vcpus.to_string(),
         ours.vcpus.to_string(),
     );
-    differ(
-        "tsc_mismatch",
-        "the TSC frequency",
-        khz(offered.tsc_khz),
-        khz(ours.tsc_khz),
-    );
+    if offered.tsc_khz.abs_diff(ours.tsc_khz) > offered.tsc_khz / TSC_TOLERANCE {
+        differ(
+            "tsc_mismatch",
+            "the TSC frequency",
+            khz(offered.tsc_khz),
+            khz(ours.tsc_khz),
+        );
+    }
     let (primary, backup) = features(offered, ours);
     differ("cpu_features_mismatch", "CPU feature word set", primary, backup);
     differ(
