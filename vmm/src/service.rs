@@ -312,7 +312,7 @@ impl Vmm {
         let mut slot = lock(&self.slot);
         if slot.config.is_some() {
             return Err(error(
-                404,
+                409,
                 "vm_already_created",
                 "there is a VM already: delete it with vm.delete first",
             ));

@@ -53,7 +53,8 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
             output::error(&e, cli.json);
-            ExitCode::FAILURE
+            // As for any other mistake on the command line.
+            ExitCode::from(if matches!(cli.command, Command::Other(_)) { 2 } else { 1 })
         }
     }
 }
