@@ -26,6 +26,9 @@ pub struct Results {
     pub takeovers: Vec<Takeover>,
     /// Of each kill of a backup.
     pub solos: Vec<Takeover>,
+    /// Times that protection ended though nothing was killed: a side was so slow that it counted as dead. The VM runs on,
+    /// but that should be rare.
+    pub lapses: u64,
     /// Time of each protection.
     pub protect_ms: Vec<f64>,
     /// Of each load, at the end.
@@ -72,6 +75,11 @@ impl<'a> Chain<'a> {
         self.loads.new_phase();
         std::thread::sleep(delay);
         self.loads.check().context("before the kill")?;
+        if self.primary.vmm.ft_state()? != "protected" {
+            self.results.lapses += 1;
+            self.settle()?;
+            self.protect_again()?;
+        }
         let takeover = match victim {
             Victim::Primary => failover::kill(&mut self.primary, &mut self.backup, &self.loads)?,
             Victim::Backup => failover::kill(&mut self.backup, &mut self.primary, &self.loads)?,
@@ -85,7 +93,7 @@ impl<'a> Chain<'a> {
             self.backup.side.name(),
             delay.as_millis()
         );
-        line.push_str(&format!(": gap {:.0} ms", takeover.gap_ms));
+        line.push_str(&format!(": gap {:.0} ms ({})", takeover.gap_ms, takeover.slowest()));
         for (what, ms) in [
             ("detection", takeover.detection_ms),
             ("activation", takeover.activation_ms),
@@ -102,9 +110,34 @@ impl<'a> Chain<'a> {
         Ok(line)
     }
 
+    /// After a lapse of protection: makes the side that runs the VM the primary again, and ends the other.
+    fn settle(&mut self) -> Result<()> {
+        let what = "one side to run the VM alone";
+        let mut backup_runs = false;
+        let backup = &self.backup.vmm;
+        self.primary.vmm.wait_for(what, failover::TAKEOVER_LIMIT, |vmm| {
+            backup_runs = backup.ft_state().is_ok_and(|state| state == "solo");
+            Ok(backup_runs || vmm.ft_state()? == "solo")
+        })?;
+        if backup_runs {
+            std::mem::swap(&mut self.primary, &mut self.backup);
+        }
+        self.backup.vmm.kill().map(drop)
+    }
+
     /// After a kill: starts a fresh VMM where the dead one was and protects the survivor by it. Milliseconds.
     pub fn protect_again(&mut self) -> Result<f64> {
-        let (new, time) = failover::protect_again(self.bed, &mut self.primary, self.backup.side)?;
+        let side = self.backup.side;
+        let (new, time) = match failover::protect_again(self.bed, &mut self.primary, side) {
+            Ok(protected) => protected,
+            // The same lapse, before protection was complete: once more, if the VM runs on.
+            Err(e) if self.primary.vmm.ft_state()? == "solo" => {
+                eprintln!("    {e:#}");
+                self.results.lapses += 1;
+                failover::protect_again(self.bed, &mut self.primary, side)?
+            }
+            Err(e) => return Err(e),
+        };
         let old = std::mem::replace(&mut self.backup, new);
         self.bed.forget_files(&old);
         let ms = time.as_secs_f64() * 1000.0;

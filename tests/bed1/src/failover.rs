@@ -26,6 +26,14 @@ pub struct Takeover {
     pub solo_ms: f64,
 }
 
+impl Takeover {
+    /// The load with the longest gap.
+    pub fn slowest(&self) -> &str {
+        let slowest = self.gaps_ms.iter().max_by(|a, b| a.1.total_cmp(&b.1));
+        slowest.map_or("no load", |(name, _)| name)
+    }
+}
+
 fn ms(time: Duration) -> f64 {
     time.as_secs_f64() * 1000.0
 }

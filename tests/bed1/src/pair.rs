@@ -29,6 +29,9 @@ pub struct Options {
     pub disk_mib: u64,
     /// Further words of the guest's command line.
     pub cmdline: String,
+    /// Silence after which the other side counts as dead. Longer than the product's default, so that a machine that is
+    /// busy with other work does not look like a dead one; a killed process is noticed by its closed connection.
+    pub heartbeat_timeout_ms: u32,
 }
 
 impl Default for Options {
@@ -38,6 +41,7 @@ impl Default for Options {
             memory_mib: 256,
             disk_mib: 16,
             cmdline: String::new(),
+            heartbeat_timeout_ms: 3000,
         }
     }
 }
@@ -256,20 +260,32 @@ impl Bed {
     /// Protects `primary` by `backup`; the time it took is returned.
     pub fn protect(&self, primary: &mut Host, backup: &mut Host) -> Result<Duration> {
         let start = Instant::now();
+        let args = self.enable_args(backup);
+        let args: Vec<&str> = args.iter().map(String::as_str).chain(["--no-wait"]).collect();
+        let enable = primary.vmm.remote(&args);
+        enable.with_context(|| format!("backup {}: {}", backup.vmm.name, backup.vmm.tail()))?;
+        wait_protected(primary, backup)?;
+        Ok(start.elapsed())
+    }
+
+    /// `ft enable` with what this bed needs.
+    pub fn enable_args(&self, backup: &Host) -> Vec<String> {
+        let (arbiter, limit) = (
+            self.arbiter(),
+            format!("heartbeat_timeout_ms={}", self.options.heartbeat_timeout_ms),
+        );
         let args = [
             "ft",
             "enable",
             "--peer",
             &backup.peer,
             "--arbiter",
-            &self.arbiter(),
+            &arbiter,
+            "--limits",
+            &limit,
             "--insecure",
         ];
-        let enable = primary.vmm.remote(&[&args[..], &["--no-wait"]].concat());
-        enable.with_context(|| format!("backup {}: {}", backup.vmm.name, backup.vmm.tail()))?;
-        wait_protected(primary)?;
-        backup.vmm.wait_ft_state("protected", PROTECT_LIMIT)?;
-        Ok(start.elapsed())
+        args.map(String::from).to_vec()
     }
 
     /// Keeps the directory, for a look at logs and disks.
@@ -315,21 +331,24 @@ pub fn ready(serial: &Path, times: usize) -> Result<bool> {
     Ok(text.matches("test-guest: ready").count() >= times)
 }
 
-/// Waits until a primary is protected; fails at once when pre-copy failed.
-pub fn wait_protected(primary: &mut Host) -> Result<()> {
-    let what = "FT state protected";
-    primary.vmm.wait_for(what, PROTECT_LIMIT, |vmm| {
-        let info = vmm.ft_info()?;
-        match info["state"].as_str() {
-            Some("protected") => Ok(true),
-            Some("failed" | "stopped" | "disabled" | "solo") => {
-                bail!(
-                    "{}: protection failed: {}",
-                    vmm.name,
-                    info["reason"].as_str().unwrap_or("no reason given")
-                )
+/// Waits until both sides say that the VM is protected; fails at once when one of them gave up.
+pub fn wait_protected(primary: &mut Host, backup: &mut Host) -> Result<()> {
+    for host in [primary, backup] {
+        host.vmm.wait_for("FT state protected", PROTECT_LIMIT, |vmm| {
+            let info = vmm.ft_info()?;
+            match info["state"].as_str() {
+                Some("protected") => Ok(true),
+                Some(state @ ("failed" | "stopped" | "disabled" | "solo")) => {
+                    bail!(
+                        "{}: protection ended in state {state}: {}: {}",
+                        vmm.name,
+                        info["reason"],
+                        vmm.tail()
+                    )
+                }
+                _ => Ok(false),
             }
-            _ => Ok(false),
-        }
-    })
+        })?;
+    }
+    Ok(())
 }

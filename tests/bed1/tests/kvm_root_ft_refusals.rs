@@ -111,7 +111,7 @@ fn kvm_root_receive_is_refused_where_it_cannot_work() -> Result<()> {
     })?;
     let empty = bed.start(Side::B, &[])?;
     for (args, word) in [
-        (vec!["tcp:10.99.0.2:6003"], "--insecure"),
+        (vec!["tcp:10.99.0.2:6003"], "insecure"),
         (vec!["tcp:10.99.0.2"], "tcp:10.99.0.2"),
         (vec!["tcp:10.99.0.77:6003", "--insecure"], "10.99.0.77"),
         (vec!["carrier-pigeon:6003", "--insecure"], "carrier-pigeon"),

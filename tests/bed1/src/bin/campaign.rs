@@ -54,7 +54,15 @@ fn main() -> ExitCode {
     });
     let start = Instant::now();
     let mut results = Results::default();
-    let outcome = run(&args, seed, &mut results);
+    let outcome = run(&args, seed, &mut results).and_then(|()| {
+        let bound = 1 + (args.primary_kills + args.backup_kills) / 20;
+        anyhow::ensure!(
+            results.lapses <= bound,
+            "protection lapsed {} times without a kill",
+            results.lapses
+        );
+        Ok(())
+    });
     let seconds = start.elapsed().as_secs_f64();
     if args.json {
         println!("{:#}", as_json(&args, seed, &results, seconds, outcome.as_ref().err()));
@@ -186,6 +194,7 @@ fn as_json(args: &Args, seed: u64, results: &Results, seconds: f64, error: Optio
         "went_on_after_backup_kill": results.solos.len(),
         "acknowledged_writes": results.acknowledged,
         "pages_dirtied": results.dirtied,
+        "lapses": results.lapses,
         "gap_ms": summary(&results.takeovers, |t| Some(t.gap_ms)),
         "detection_ms": summary(&results.takeovers, |t| t.detection_ms),
         "activation_ms": summary(&results.takeovers, |t| t.activation_ms),

@@ -24,6 +24,9 @@ struct Args {
     /// RAM of the guest in MiB.
     #[arg(long, default_value_t = 256)]
     memory_mib: u64,
+    /// Silence after which the other side counts as dead, in ms.
+    #[arg(long, default_value_t = 500)]
+    heartbeat_timeout_ms: u32,
     /// Prints the figures as JSON.
     #[arg(long)]
     json: bool,
@@ -68,6 +71,7 @@ fn run(args: &Args) -> Result<bool> {
     let mut bed = Bed::new(Options {
         vcpus: args.vcpus,
         memory_mib: args.memory_mib,
+        heartbeat_timeout_ms: args.heartbeat_timeout_ms,
         ..Options::default()
     })?;
     let outcome = outcome(args, &mut bed);
@@ -164,7 +168,7 @@ fn protect(bed: &Bed, primary: &mut bed1::pair::Host, backup: &mut bed1::pair::H
     command.stdout(std::io::stderr());
     let status = command.status()?;
     anyhow::ensure!(status.success(), "ft enable failed; backup: {}", backup.vmm.tail());
-    bed1::pair::wait_protected(primary)?;
+    bed1::pair::wait_protected(primary, backup)?;
     Ok(start.elapsed().as_secs_f64() * 1000.0)
 }
 
