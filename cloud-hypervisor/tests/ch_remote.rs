@@ -101,8 +101,12 @@ impl Bed {
 
     /// Must end with status 1; returns standard error.
     fn fails(&self, args: &[&str]) -> String {
+        self.ends(args, 1)
+    }
+
+    fn ends(&self, args: &[&str], status: i32) -> String {
         let output = self.run(args);
-        assert_eq!(output.status.code(), Some(1), "{args:?}: {}", text(&output.stdout));
+        assert_eq!(output.status.code(), Some(status), "{args:?}: {}", text(&output.stdout));
         text(&output.stderr)
     }
 
@@ -177,10 +181,10 @@ fn errors_tell_what_to_do() {
     let error: serde_json::Value = serde_json::from_str(&bed.fails(&["boot", "--json"])).unwrap();
     assert_eq!(error["code"], "vm_not_created");
     assert!(
-        bed.fails(&["resize", "--cpus", "2"])
+        bed.ends(&["resize", "--cpus", "2"], 2)
             .contains("resize is not supported by this VMM; supported: ping")
     );
-    assert!(bed.fails(&["bot"]).contains("there is no command \"bot\""));
+    assert!(bed.ends(&["bot"], 2).contains("there is no command \"bot\""));
     let no_socket = ch_remote()
         .args(["--api-socket", "/no/such/socket", "ping"])
         .output()
