@@ -22,10 +22,10 @@ cut_power() { echo "cut $1" >&3; }
 
 # wait_for SECONDS WHAT COMMAND..: repeats COMMAND until it succeeds.
 wait_for() {
-  local limit=$((SECONDS + $1)) what=$2
+  local limit=$1 end=$((SECONDS + $1)) what=$2
   shift 2
   until "$@" >/dev/null 2>&1; do
-    [ $SECONDS -lt $limit ] || fail "$what: not within the limit"
+    [ $SECONDS -lt $end ] || fail "$what: not within $limit s"
     sleep 0.1
   done
 }
@@ -62,7 +62,10 @@ ended() { ! running "$1"; }
 open_port() { timeout 2 bash -c "exec 4<>/dev/tcp/192.168.100.2/$1"; }
 
 # guest_up SECONDS: until root can log in.
-guest_up() { wait_for "$1" "ssh to the guest" timeout 10 ssh guest true; }
+guest_up() {
+  wait_for "$1" "the guest's ssh port" open_port 22
+  wait_for 60 "ssh to the guest" ssh guest true
+}
 
 # quick COMMAND: runs a command in the quick guest, prints its output.
 quick() { echo "$*; exit" | timeout 10 nc -N 192.168.100.2 2323; }

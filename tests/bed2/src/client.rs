@@ -143,6 +143,8 @@ fn measured<S: FnMut(u64) -> Result<()>>(
     };
     if let Err(error) = work() {
         session.error = Some(format!("{error:#}"));
+        // The others have nothing to wait for.
+        stop.store(true, Ordering::Relaxed);
     }
     session.max_gap_ms = times.iter().max().copied().unwrap_or(0) / 1000;
     times.sort_unstable();

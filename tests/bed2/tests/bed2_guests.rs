@@ -97,7 +97,7 @@ fn debian_boots_to_ssh_reboots_and_powers_off() {
         host,
         r#"ssh guest reboot
            old=BOOT
-           is_new() { new=$(timeout 10 ssh guest cat /proc/sys/kernel/random/boot_id) && [ "$new" != "$old" ]; }
+           is_new() { open_port 22 && new=$(ssh guest cat /proc/sys/kernel/random/boot_id) && [ "$new" != "$old" ]; }
            wait_for 280 'the guest after reboot' is_new
            ssh guest 'echo cpus $(nproc); echo sum $(md5sum </root/file | cut -c1-32)'
            remote d power-button

@@ -46,7 +46,10 @@ fn main() -> Result<()> {
             let report = std::thread::scope(|scope| {
                 scope.spawn(|| {
                     let start = Instant::now();
-                    while !file.exists() && start.elapsed() < Duration::from_secs(limit) {
+                    while !file.exists()
+                        && !progress.stop.load(Ordering::Relaxed)
+                        && start.elapsed() < Duration::from_secs(limit)
+                    {
                         std::thread::sleep(Duration::from_millis(200));
                         let counts = progress.answered.each_ref().map(|count| count.load(Ordering::Relaxed));
                         println!("{} {} {}", counts[0], counts[1], counts[2]);
