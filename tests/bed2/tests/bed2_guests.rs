@@ -9,7 +9,7 @@ use bed2::{Bed, Host, Spec};
 const STEP: Duration = Duration::from_secs(300);
 
 fn run(host: &mut Host, command: &str) -> String {
-    host.run(command, STEP).unwrap()
+    host.run(command, STEP).expect("the command inside the nested host")
 }
 
 /// A line of `NAME VALUE` in a command's output.
