@@ -117,7 +117,10 @@ pub fn check_lines(text: &str, report: &Report) -> Result<()> {
         }
     }
     if count < report.ssh.answered {
-        bail!("the session's file has {count} lines, acknowledged were {}", report.ssh.answered);
+        bail!(
+            "the session's file has {count} lines, acknowledged were {}",
+            report.ssh.answered
+        );
     }
     Ok(())
 }

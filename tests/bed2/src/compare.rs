@@ -108,9 +108,15 @@ pub fn run(options: &Options) -> Result<()> {
             .iter()
             .map(|(name, _, a, b, ratio)| json!({"name": name, "ours": a, "qemu": b, "ratio": ratio}))
             .collect();
-        println!("{}", serde_json::to_string_pretty(&json!({"runs": options.runs, "figures": figures}))?);
+        println!(
+            "{}",
+            serde_json::to_string_pretty(&json!({"runs": options.runs, "figures": figures}))?
+        );
     } else {
-        println!("{:32} {:>10} {:>10} {:>16}", "median of each", "ours", "QEMU", "ours is better x");
+        println!(
+            "{:32} {:>10} {:>10} {:>16}",
+            "median of each", "ours", "QEMU", "ours is better x"
+        );
         for (_, what, a, b, ratio) in rows {
             println!("{what:32} {a:10.1} {b:10.1} {ratio:16.2}");
         }
@@ -123,7 +129,10 @@ fn measure(host: &mut Host, options: &Options, start: &str) -> Result<Vec<f64>> 
     let text = host.run(&format!("{head}\n{COMMON}{start}{MEASURE}"), LIFE)?;
     let figure = |name: &str| {
         let value = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
-        let value: f64 = value.unwrap_or_default().parse().with_context(|| format!("no {name} in:\n{text}"))?;
+        let value: f64 = value
+            .unwrap_or_default()
+            .parse()
+            .with_context(|| format!("no {name} in:\n{text}"))?;
         if value <= 0.0 {
             bail!("{name} is {value}");
         }

@@ -120,7 +120,14 @@ impl Host {
     /// Waits until the host takes commands.
     pub(crate) fn wait_ready(&mut self, limit: Duration) -> Result<()> {
         let ready = self.heard.wait(limit, |state| state.ready.then_some(()));
-        ready.with_context(|| format!("host {} did not boot within {} s: {}", self.name, limit.as_secs(), self.tail()))
+        ready.with_context(|| {
+            format!(
+                "host {} did not boot within {} s: {}",
+                self.name,
+                limit.as_secs(),
+                self.tail()
+            )
+        })
     }
 
     /// Starts a command (bash; `scripts/bed2.d/lib.sh` is read first).
@@ -347,7 +354,11 @@ fn arguments(name: &str, spec: &HostSpec, joined: bool, places: &Places) -> Vec<
     disk("root", quoted(&host.join("root.img")), "readonly=on");
     for extra in &spec.disks {
         // What qemu has written survives qemu's end; the machine's own crash is not what is tested here.
-        disk(&extra.name, format!("{out}/{}-{name}.img", extra.name), "cache=unsafe,discard=unmap");
+        disk(
+            &extra.name,
+            format!("{out}/{}-{name}.img", extra.name),
+            "cache=unsafe,discard=unmap",
+        );
     }
     let shares = [
         ("bed", quoted(&crate::places::repository().join("scripts/bed2.d")), true),
@@ -375,7 +386,10 @@ fn arguments(name: &str, spec: &HostSpec, joined: bool, places: &Places) -> Vec<
             ),
         );
         let number = if name == "a" { 1 } else { 2 };
-        add("device", format!("virtio-net-pci,netdev=net0,mac=52:54:00:be:d1:0{number}"));
+        add(
+            "device",
+            format!("virtio-net-pci,netdev=net0,mac=52:54:00:be:d1:0{number}"),
+        );
     }
     add("object", "rng-random,id=rng0,filename=/dev/urandom".into());
     add("device", "virtio-rng-pci,rng=rng0".into());

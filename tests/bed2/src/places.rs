@@ -25,7 +25,13 @@ pub fn repository() -> PathBuf {
 /// The images of `scripts/images`; an error when they were not built.
 pub fn images() -> Result<PathBuf> {
     let dir = std::env::var_os("FT_IMAGES").map_or_else(|| repository().join("images"), PathBuf::from);
-    for file in ["host/vmlinux", "host/initrd", "host/root.img", "guest/disk.img", "quick/initrd"] {
+    for file in [
+        "host/vmlinux",
+        "host/initrd",
+        "host/root.img",
+        "guest/disk.img",
+        "quick/initrd",
+    ] {
         if !dir.join(file).is_file() {
             bail!("{} is missing: run scripts/images build", dir.join(file).display());
         }
@@ -39,14 +45,23 @@ pub fn programs() -> Result<PathBuf> {
     let complete = |dir: &Path| names.iter().all(|name| dir.join(name).is_file());
     if let Some(dir) = std::env::var_os("FT_BIN_DIR").map(PathBuf::from) {
         if !complete(&dir) {
-            bail!("FT_BIN_DIR={}: not all of {} are there", dir.display(), names.join(", "));
+            bail!(
+                "FT_BIN_DIR={}: not all of {} are there",
+                dir.display(),
+                names.join(", ")
+            );
         }
         return Ok(dir.canonicalize()?);
     }
     let me = std::env::current_exe()?;
     let dir = me.ancestors().skip(1).find(|dir| complete(dir));
     Ok(dir
-        .with_context(|| format!("{}: not built: run `cargo build --release --bins` first", names.join(", ")))?
+        .with_context(|| {
+            format!(
+                "{}: not built: run `cargo build --release --bins` first",
+                names.join(", ")
+            )
+        })?
         .to_path_buf())
 }
 

@@ -128,6 +128,11 @@ impl Protected {
 fn counts(sessions: &Running) -> Option<[u64; 3]> {
     let text = sessions.out();
     let whole = &text[..text.rfind('\n')?];
-    let numbers: Vec<u64> = whole.lines().last()?.split(' ').filter_map(|n| n.parse().ok()).collect();
+    let numbers: Vec<u64> = whole
+        .lines()
+        .last()?
+        .split(' ')
+        .filter_map(|n| n.parse().ok())
+        .collect();
     numbers.try_into().ok()
 }

@@ -110,5 +110,8 @@ fn debian_boots_to_ssh_reboots_and_powers_off() {
     bed.power_off().unwrap();
     check_file_system(&bed.disk("a", "guest")).unwrap();
     let serial = std::fs::read_to_string(bed.out().join("logs/debian.log")).unwrap();
-    assert!(serial.contains("guest login:"), "the serial console shows no login:\n{serial}");
+    assert!(
+        serial.contains("guest login:"),
+        "the serial console shows no login:\n{serial}"
+    );
 }

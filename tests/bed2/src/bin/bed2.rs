@@ -100,7 +100,11 @@ fn run(options: Run) -> Result<i32> {
     let start = Instant::now();
     eprintln!("bed 2: booting {} host(s)", options.hosts);
     let mut bed = Bed::start(spec)?;
-    eprintln!("bed 2: up after {:.1} s; results in {}", start.elapsed().as_secs_f64(), bed.out().display());
+    eprintln!(
+        "bed 2: up after {:.1} s; results in {}",
+        start.elapsed().as_secs_f64(),
+        bed.out().display()
+    );
     std::fs::write(bed.out().join("script"), script)?;
     let quoted: Vec<String> = options
         .args
