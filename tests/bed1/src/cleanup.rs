@@ -58,7 +58,7 @@ impl Drop for Registered {
     }
 }
 
-/// Runs `create` so that a signal's cleanup happens before or after it, not in its middle.
+/// Runs `create` (or a removal) so that a signal's cleanup happens before or after it, not in its middle.
 pub fn creating<T>(create: impl FnOnce() -> T) -> T {
     let _guard = CREATING.read().unwrap_or_else(PoisonError::into_inner);
     create()

@@ -151,7 +151,7 @@ pub fn guest(port: u16) -> SocketAddr {
 impl Drop for Network {
     fn drop(&mut self) {
         for side in SIDES {
-            cleanup::delete_namespace(&self.ns(side));
+            cleanup::creating(|| cleanup::delete_namespace(&self.ns(side)));
         }
         self.registered.clear();
     }

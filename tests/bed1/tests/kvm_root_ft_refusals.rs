@@ -52,7 +52,7 @@ fn kvm_root_enable_is_refused_by_name_and_the_vm_runs_on() -> Result<()> {
         &mut primary,
         &loads,
         &["--peer", &peer, "--arbiter", &arbiter],
-        &["--insecure"],
+        &["insecure", "not loopback"],
     )?;
     let missing = format!("file:{}/no-such-directory", bed.dir.display());
     refused(
