@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
 use crate::cleanup::{self, Registered};
@@ -72,7 +72,9 @@ impl Vmm {
 
     /// Runs `ch-remote` against this VMM and returns what it printed.
     pub fn remote(&self, args: &[&str]) -> Result<String> {
-        let output = self.remote_command(args).output().context("start ch-remote")?;
+        let mut command = self.ch_remote(args);
+        let (child, _registered) = cleanup::spawn(command.stdout(Stdio::piped()).stderr(Stdio::piped()))?;
+        let output = child.wait_with_output().context("wait for ch-remote")?;
         if !output.status.success() {
             bail!(
                 "{}: ch-remote {}: {}",
@@ -84,8 +86,16 @@ impl Vmm {
         Ok(String::from_utf8_lossy(&output.stdout).into_owned())
     }
 
-    /// A `ch-remote` that is ready to be started.
-    pub fn remote_command(&self, args: &[&str]) -> Command {
+    /// Runs `ch-remote` so that what it prints goes to this program's standard error.
+    pub fn remote_shown(&self, args: &[&str]) -> Result<()> {
+        let mut command = self.ch_remote(args);
+        let (mut child, _registered) = cleanup::spawn(command.stdout(std::io::stderr()))?;
+        let status = child.wait().context("wait for ch-remote")?;
+        ensure!(status.success(), "{}: ch-remote {} failed", self.name, args.join(" "));
+        Ok(())
+    }
+
+    fn ch_remote(&self, args: &[&str]) -> Command {
         let mut command = Command::new(&self.ch_remote);
         command
             .arg("--api-socket")

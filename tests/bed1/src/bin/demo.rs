@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use bed1::failover::{self, Takeover};
 use bed1::loads::{self, Loads};
 use bed1::pair::{Bed, Options, Side};
@@ -154,20 +154,10 @@ fn outcome(args: &Args, bed: &mut Bed) -> Result<Outcome> {
 /// `ft enable` as an operator would call it, with its progress on this terminal.
 fn protect(bed: &Bed, primary: &mut bed1::pair::Host, backup: &mut bed1::pair::Host) -> Result<f64> {
     let start = Instant::now();
-    let args = [
-        "ft",
-        "enable",
-        "--peer",
-        &backup.peer,
-        "--arbiter",
-        &bed.arbiter(),
-        "--insecure",
-    ];
-    let mut command = primary.vmm.remote_command(&args);
-    // Standard output is for the figures.
-    command.stdout(std::io::stderr());
-    let status = command.status()?;
-    anyhow::ensure!(status.success(), "ft enable failed; backup: {}", backup.vmm.tail());
+    let args = bed.enable_args(backup);
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    let enabled = primary.vmm.remote_shown(&args);
+    enabled.with_context(|| format!("the backup: {}", backup.vmm.tail()))?;
     bed1::pair::wait_protected(primary, backup)?;
     Ok(start.elapsed().as_secs_f64() * 1000.0)
 }
