@@ -69,7 +69,10 @@ pub fn start(dial: &dyn Dial, to: SocketAddr, model: &SharedModel, options: &Opt
             .run(gate, meter)
         })?);
     }
-    Ok(Load::start("kv", clients))
+    Ok(Load::start(
+        if options.depth > 1 { "kv pipelined" } else { "kv" },
+        clients,
+    ))
 }
 
 /// Asks for every key that the model knows.
