@@ -97,8 +97,10 @@ fn debian_boots_to_ssh_reboots_and_powers_off() {
         host,
         r#"ssh guest reboot
            old=BOOT
-           is_new() { open_port 22 && new=$(ssh guest cat /proc/sys/kernel/random/boot_id) && [ "$new" != "$old" ]; }
-           wait_for 280 'the guest after reboot' is_new
+           is_down() { ! open_port 22; }
+           wait_for 120 'the guest to go down' is_down
+           guest_up 280
+           [ "$(ssh guest cat /proc/sys/kernel/random/boot_id)" != "$old" ] || fail 'it did not reboot'
            ssh guest 'echo cpus $(nproc); echo sum $(md5sum </root/file | cut -c1-32)'
            remote d power-button
            wait_for 120 power-off ended d"#
