@@ -18,6 +18,9 @@ need() {
       ssh-keygen) package=openssh-client ;;
       qemu-img) package=qemu-utils ;;
       sfdisk) package=fdisk ;;
+      partx) package=util-linux ;;
+      mkfs.vfat) package=dosfstools ;;
+      mcopy) package=mtools ;;
       *) package=$program ;;
     esac
     die "$program is missing: apt-get install $package"
