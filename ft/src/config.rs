@@ -126,6 +126,23 @@ pub enum FtState {
     Failed,
 }
 
+impl FtState {
+    /// Its name in JSON.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Disabled => "disabled",
+            Self::Listening => "listening",
+            Self::Syncing => "syncing",
+            Self::Protected => "protected",
+            Self::Solo => "solo",
+            Self::TakingOver => "taking_over",
+            Self::WaitingForArbiter => "waiting_for_arbiter",
+            Self::Stopped => "stopped",
+            Self::Failed => "failed",
+        }
+    }
+}
+
 /// This VMM's part.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -136,6 +153,17 @@ pub enum FtRole {
     Primary,
     /// Holds its shadow.
     Backup,
+}
+
+impl FtRole {
+    /// Its name in JSON.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Primary => "primary",
+            Self::Backup => "backup",
+        }
+    }
 }
 
 /// Last, mean and 99th percentile of a measure.

@@ -31,32 +31,9 @@ pub struct Status {
     pub committed: u64,
 }
 
-/// The state's name in the API.
-pub(crate) fn state_name(state: FtState) -> &'static str {
-    match state {
-        FtState::Disabled => "disabled",
-        FtState::Listening => "listening",
-        FtState::Syncing => "syncing",
-        FtState::Protected => "protected",
-        FtState::Solo => "solo",
-        FtState::TakingOver => "taking_over",
-        FtState::WaitingForArbiter => "waiting_for_arbiter",
-        FtState::Stopped => "stopped",
-        FtState::Failed => "failed",
-    }
-}
-
-fn role_name(role: FtRole) -> &'static str {
-    match role {
-        FtRole::None => "none",
-        FtRole::Primary => "primary",
-        FtRole::Backup => "backup",
-    }
-}
-
 /// Logs a change of state and tells the sink.
 pub(crate) fn announce(sink: &EventSink, role: FtRole, status: &Status) {
-    let (state, role) = (state_name(status.state), role_name(role));
+    let (state, role) = (status.state.name(), role.name());
     let reason = status.reason.as_deref().unwrap_or("");
     let level = match status.state {
         FtState::Failed | FtState::Stopped | FtState::WaitingForArbiter => log::Level::Warn,

@@ -70,15 +70,19 @@ pub trait Model: Send + 'static {
     /// Largest size of each queue.
     fn queue_sizes(&self) -> Vec<u16>;
     /// Offered features of the device type.
-    fn features(&self) -> u64;
+    fn features(&self) -> u64 {
+        0
+    }
     /// Features that need one another are accepted together.
     fn consistent(&self, _accepted: u64) -> bool {
         true
     }
     /// Reads the device's configuration; beyond it zeroes.
-    fn read_config(&self, offset: u64, data: &mut [u8]);
+    fn read_config(&self, _offset: u64, data: &mut [u8]) {
+        data.fill(0);
+    }
     /// The driver is ready, or a state was loaded in which it is.
-    fn activate(&mut self, features: u64);
+    fn activate(&mut self, _features: u64) {}
     /// The driver reset the device, or it failed: no request may touch guest RAM any longer.
     fn reset(&mut self, memory: &GuestMemory);
     /// Serves what is ready, a bounded part of it.

@@ -3,7 +3,7 @@
 //! Lock order: `slot`, then the VM's own locks. FT is called without `slot` held, because a takeover puts its VM there.
 //! Guest requests (power-off, reset) are served by one control thread, which ends with the VMM.
 
-use std::sync::{Arc, Condvar, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 
 use api::{
     ApiError, Events, Request, Response, RestoreConfig, VmConfig, VmInfo, VmSnapshotConfig, VmState as ApiVmState,
@@ -216,11 +216,12 @@ impl Vmm {
         }
     }
 
-    fn create(&self, config: VmConfig) -> Result<Response, ApiError> {
+    /// The slot, for a VM that is to be made; locked, so that no other is made meanwhile.
+    fn vacant_slot(&self) -> Result<MutexGuard<'_, Slot>, ApiError> {
         if let Some(reason) = self.plugin.as_ref().and_then(|p| p.refuses_vm()) {
             return Err(error(409, "ft_backup", reason));
         }
-        let mut slot = lock(&self.slot);
+        let slot = lock(&self.slot);
         if slot.config.is_some() {
             return Err(error(
                 409,
@@ -228,6 +229,11 @@ impl Vmm {
                 "there is a VM already: delete it with vm.delete first",
             ));
         }
+        Ok(slot)
+    }
+
+    fn create(&self, config: VmConfig) -> Result<Response, ApiError> {
+        let mut slot = self.vacant_slot()?;
         slot.config = Some(config);
         drop(slot);
         self.emit("created");
@@ -306,17 +312,7 @@ impl Vmm {
     }
 
     fn restore(&self, request: &RestoreConfig) -> Result<Response, ApiError> {
-        if let Some(reason) = self.plugin.as_ref().and_then(|p| p.refuses_vm()) {
-            return Err(error(409, "ft_backup", reason));
-        }
-        let mut slot = lock(&self.slot);
-        if slot.config.is_some() {
-            return Err(error(
-                409,
-                "vm_already_created",
-                "there is a VM already: delete it with vm.delete first",
-            ));
-        }
+        let mut slot = self.vacant_slot()?;
         let dir = snapshot::directory(&request.source_url).map_err(|e| error(400, "bad_url", e))?;
         self.emit("restoring");
         let (config, state) = snapshot::load(&dir).map_err(|e| error(400, "bad_snapshot", e))?;

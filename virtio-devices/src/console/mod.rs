@@ -136,16 +136,6 @@ impl Model for Console {
         vec![QUEUE_SIZE; QUEUES]
     }
 
-    fn features(&self) -> u64 {
-        0
-    }
-
-    fn read_config(&self, _offset: u64, data: &mut [u8]) {
-        data.fill(0);
-    }
-
-    fn activate(&mut self, _features: u64) {}
-
     fn reset(&mut self, _memory: &GuestMemory) {}
 
     fn serve(&mut self, io: &mut Io<'_>, ready: &mut Ready) -> Result<(), QueueError> {

@@ -8,7 +8,7 @@ use api::Client;
 use api::options::ft as options;
 use ft::config::{FtEnableConfig, FtInfo, FtLimits, FtProgress, FtState};
 
-use super::info::{bytes, state_name};
+use super::info::bytes;
 use crate::args::Enable;
 use crate::output;
 
@@ -65,7 +65,7 @@ fn why_not(info: &FtInfo) -> String {
     match (&info.reason, info.state) {
         (Some(reason), _) => reason.clone(),
         (None, FtState::Disabled) => "fault tolerance was switched off meanwhile".into(),
-        (None, state) => format!("the state is {}; the logs of both VMMs tell more", state_name(state)),
+        (None, state) => format!("the state is {}; the logs of both VMMs tell more", state.name()),
     }
 }
 
@@ -95,7 +95,7 @@ impl Progress {
             // The first moments, before the size of anything is known.
             FtState::Syncing if info.progress.ram_bytes_total == 0 => return,
             FtState::Syncing => text(&info.progress, self.terminal),
-            state => state_name(state).into(),
+            state => state.name().into(),
         };
         self.last = Some(Instant::now());
         let mut stderr = std::io::stderr().lock();

@@ -4,21 +4,6 @@ use ft::config::{FtInfo, FtLimits, FtRole, FtStat, FtState};
 
 use crate::output::line;
 
-/// A state as it is in JSON.
-pub fn state_name(state: FtState) -> &'static str {
-    match state {
-        FtState::Disabled => "disabled",
-        FtState::Listening => "listening",
-        FtState::Syncing => "syncing",
-        FtState::Protected => "protected",
-        FtState::Solo => "solo",
-        FtState::TakingOver => "taking_over",
-        FtState::WaitingForArbiter => "waiting_for_arbiter",
-        FtState::Stopped => "stopped",
-        FtState::Failed => "failed",
-    }
-}
-
 /// What a state means for whoever reads it.
 fn meaning(state: FtState) -> &'static str {
     match state {
@@ -31,14 +16,6 @@ fn meaning(state: FtState) -> &'static str {
         FtState::WaitingForArbiter => "the peer is lost and the arbiter does not answer: nothing goes on without it",
         FtState::Stopped => "the VM does not run here any longer",
         FtState::Failed => "fault tolerance failed",
-    }
-}
-
-fn role_name(role: FtRole) -> &'static str {
-    match role {
-        FtRole::None => "none",
-        FtRole::Primary => "primary",
-        FtRole::Backup => "backup",
     }
 }
 
@@ -68,11 +45,8 @@ fn stat(name: &str, stat: &FtStat, show: impl Fn(f64) -> String) {
 
 /// Prints everything of `info`.
 pub fn table(info: &FtInfo) {
-    row(
-        "state",
-        &format!("{} ({})", state_name(info.state), meaning(info.state)),
-    );
-    row("role", role_name(info.role));
+    row("state", &format!("{} ({})", info.state.name(), meaning(info.state)));
+    row("role", info.role.name());
     for (name, value) in [
         ("reason", &info.reason),
         ("peer", &info.peer),
@@ -159,10 +133,10 @@ mod tests {
             FtState::Stopped,
             FtState::Failed,
         ] {
-            assert_eq!(serde_json::to_value(state).unwrap(), state_name(state));
+            assert_eq!(serde_json::to_value(state).unwrap(), state.name());
         }
         for role in [FtRole::None, FtRole::Primary, FtRole::Backup] {
-            assert_eq!(serde_json::to_value(role).unwrap(), role_name(role));
+            assert_eq!(serde_json::to_value(role).unwrap(), role.name());
         }
     }
 

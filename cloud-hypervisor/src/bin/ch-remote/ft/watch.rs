@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use api::Client;
 use ft::config::{FtInfo, FtState};
 
-use super::info::{bytes, state_name};
+use super::info::bytes;
 use crate::output;
 
 /// Lines between two headings.
@@ -25,7 +25,7 @@ pub fn run(client: &Client, interval: f64, json: bool) -> Result<()> {
         let changed = state.replace(info.state) != Some(info.state);
         if changed && !json {
             let reason = info.reason.as_ref().map(|r| format!(": {r}")).unwrap_or_default();
-            output::line(&format!("state {}{reason}", state_name(info.state)));
+            output::line(&format!("state {}{reason}", info.state.name()));
         }
         let due = before.as_ref().is_none_or(|(at, _)| at.elapsed() >= interval);
         if due || (changed && json) {
