@@ -167,11 +167,7 @@ impl<'a> Chain<'a> {
 
     /// With every request answered: the disk of the side that runs equals the model, the guest's RAM its own.
     pub fn verify(&mut self) -> Result<u64> {
-        self.loads.pause()?;
-        let report = self.loads.check_disk(&self.primary.disk)?;
-        self.loads.check_guest()?;
-        self.loads.resume();
-        Ok(report.acknowledged)
+        Ok(self.loads.verify(&self.primary.disk)?.acknowledged)
     }
 
     /// The last checks; stops the loads.

@@ -233,6 +233,15 @@ impl Loads {
         Ok(status)
     }
 
+    /// Stops the loads for a moment and checks disk image and guest.
+    pub fn verify(&mut self, disk: &Path) -> Result<DiskReport> {
+        self.pause()?;
+        let report = self.check_disk(disk)?;
+        self.check_guest()?;
+        self.resume();
+        Ok(report)
+    }
+
     /// While paused: every key has its newest acknowledged value.
     pub fn check_gets(&self) -> Result<u64> {
         Ok(kv::check_all(&*self.network, guest(KV_PORT), &self.model)?)

@@ -109,10 +109,7 @@ fn kvm_root_planned_failover_back_and_forth() -> Result<()> {
         wait_runs(&mut backup)?;
         loads.wait_progress(20)?;
         ensure!(primary.vmm.vm_state()? != "Running", "the VM runs on both sides");
-        loads.pause()?;
-        loads.check_disk(&backup.disk)?;
-        loads.check_guest()?;
-        loads.resume();
+        loads.verify(&backup.disk)?;
         std::mem::swap(&mut primary, &mut backup);
         if primary.vmm.ft_state()? != "protected" {
             bed.receive(&mut backup)?;
@@ -146,10 +143,7 @@ fn kvm_root_disable_leaves_a_plain_vm_and_enable_works_again() -> Result<()> {
     loads.wait_progress(20)?;
     let (mut backup, _) = failover::protect_again(&mut bed, &mut primary, Side::B)?;
     failover::kill(&mut primary, &mut backup, &loads)?;
-    loads.pause()?;
-    loads.check_disk(&backup.disk)?;
-    loads.check_guest()?;
-    loads.resume();
+    loads.verify(&backup.disk)?;
     loads.stop().map(drop)
 }
 
@@ -189,9 +183,6 @@ fn kvm_root_backup_by_command_line_options_takes_over() -> Result<()> {
     let mut backup = bed.backup_by_options(Side::B)?;
     bed.protect(&mut primary, &mut backup)?;
     failover::kill(&mut primary, &mut backup, &loads)?;
-    loads.pause()?;
-    loads.check_disk(&backup.disk)?;
-    loads.check_guest()?;
-    loads.resume();
+    loads.verify(&backup.disk)?;
     loads.stop().map(drop)
 }

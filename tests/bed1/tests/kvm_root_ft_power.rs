@@ -74,10 +74,7 @@ fn kvm_root_a_paused_vm_is_still_paused_after_a_takeover() -> Result<()> {
     ensure!(backup.vmm.vm_state()? == "Paused", "the VM runs though it was paused");
     backup.vmm.remote(&["resume"])?;
     loads.wait_progress(20)?;
-    loads.pause()?;
-    loads.check_disk(&backup.disk)?;
-    loads.check_guest()?;
-    loads.resume();
+    loads.verify(&backup.disk)?;
     loads.stop().map(drop)
 }
 

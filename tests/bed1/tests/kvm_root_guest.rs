@@ -86,10 +86,7 @@ fn kvm_root_pause_holds_the_guest_and_resume_lets_it_go_on() -> Result<()> {
         host.vmm.remote(&["resume"])?;
         loads.wait_progress(20)?;
     }
-    loads.pause()?;
-    loads.check_disk(&host.disk)?;
-    loads.check_guest()?;
-    loads.resume();
+    loads.verify(&host.disk)?;
     loads.stop().map(drop)
 }
 

@@ -26,10 +26,7 @@ fn kvm_root_connections_live_through_snapshot_and_restore_in_another_process() -
             host.vmm.remote(&["resume"])?;
             loads.wait_progress(20)?;
         }
-        loads.pause()?;
-        loads.check_disk(&host.disk)?;
-        loads.check_guest()?;
-        loads.resume();
+        loads.verify(&host.disk)?;
         loads.stop()?;
     }
     Ok(())
