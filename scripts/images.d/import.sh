@@ -3,7 +3,7 @@
 
 # in_ext4 IMAGE OFFSET COMMAND: debugfs on the file system at that offset; nothing when there is none.
 in_ext4() {
-  debugfs -R "$3" "$1?offset=$2" 2>/dev/null
+  debugfs -R "$3" "$1?offset=$2" 2>/dev/null || true
 }
 
 # newest IMAGE OFFSET FOLDER PREFIX: the newest file of that name in the folder (regular files alone).
