@@ -158,6 +158,7 @@ impl Vmm {
                 let Some(vm) = self.is_asked(PowerRequest::Reset) else {
                     return;
                 };
+                log::info!("the guest asked for a reset");
                 self.emit("rebooting");
                 match vm.reset() {
                     Ok(()) => self.emit("rebooted"),

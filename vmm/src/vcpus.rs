@@ -267,10 +267,13 @@ fn vcpu_thread(index: usize, vcpu: &Mutex<Box<dyn Vcpu>>, shared: &Shared, exits
         if fallen != Some(loads) {
             let mut vcpu = lock(vcpu);
             let outcome = run_until_kicked(vcpu.as_mut(), exits);
+            if let Ok(Left::TripleFault) = &outcome {
+                log_triple_fault(index, vcpu.as_mut());
+            }
             drop(vcpu);
             match outcome {
                 Ok(Left::Kicked) => continue,
-                Ok(Left::Reset) => exits.events.reset(),
+                Ok(Left::Reset | Left::TripleFault) => exits.events.reset(),
                 Err(reason) => exits.events.failed(format!("vCPU {index}: {reason}")),
             }
             fallen = Some(loads);
@@ -289,6 +292,22 @@ fn vcpu_thread(index: usize, vcpu: &Mutex<Box<dyn Vcpu>>, shared: &Shared, exits
 enum Left {
     Kicked,
     Reset,
+    TripleFault,
+}
+
+/// Tells where the guest was, for whoever looks for the fault in it.
+fn log_triple_fault(index: usize, vcpu: &mut dyn Vcpu) {
+    match vcpu.state() {
+        Ok(s) => log::warn!(
+            "vCPU {index}: triple fault, the VM is reset; rip {:#x}, rsp {:#x}, cr2 {:#x}, cr3 {:#x}, events {:?}",
+            s.regs.rip,
+            s.regs.rsp,
+            s.sregs.cr2,
+            s.sregs.cr3,
+            s.events
+        ),
+        Err(e) => log::warn!("vCPU {index}: triple fault, the VM is reset; its state cannot be read: {e}"),
+    }
 }
 
 fn run_until_kicked(vcpu: &mut dyn Vcpu, exits: &Exits) -> Result<Left, String> {
@@ -308,7 +327,8 @@ fn run_until_kicked(vcpu: &mut dyn Vcpu, exits: &Exits) -> Result<Left, String> 
             }
             VcpuExit::IoapicEoi(vector) => exits.ioapic.end_of_interrupt(vector),
             VcpuExit::Interrupted => return Ok(Left::Kicked),
-            VcpuExit::Shutdown | VcpuExit::Reset => return Ok(Left::Reset),
+            VcpuExit::Reset => return Ok(Left::Reset),
+            VcpuExit::Shutdown => return Ok(Left::TripleFault),
             VcpuExit::Hlt => return Err("halted without a local APIC".into()),
             VcpuExit::Again => {}
         }

@@ -26,11 +26,14 @@ pub struct Host {
     commands: u32,
 }
 
+/// How often a host that does not answer is looked at for a crash.
+const CRASH_CHECK: Duration = Duration::from_secs(2);
+
 /// What a host said on its port.
-#[derive(Default)]
 struct Heard {
     state: Mutex<State>,
     changed: Condvar,
+    console: PathBuf,
 }
 
 #[derive(Default)]
@@ -92,7 +95,11 @@ impl Host {
                 return Err(error.context(format!("host {name}: {}", log.trim())));
             }
         };
-        let heard = Arc::new(Heard::default());
+        let heard = Arc::new(Heard {
+            state: Mutex::default(),
+            changed: Condvar::new(),
+            console: places.out.join(format!("logs/{name}-console.log")),
+        });
         let (reader, listener) = (port.try_clone()?, heard.clone());
         std::thread::Builder::new()
             .name(format!("host-{name}"))
@@ -198,8 +205,7 @@ impl Host {
 
     /// The end of its console.
     fn tail(&self) -> String {
-        let path = self.out.join(format!("logs/{}-console.log", self.name));
-        let text = String::from_utf8_lossy(&fs::read(path).unwrap_or_default()).into_owned();
+        let text = self.heard.console();
         let lines: Vec<&str> = text.lines().collect();
         lines[lines.len().saturating_sub(12)..].join("\n")
     }
@@ -213,9 +219,10 @@ impl Drop for Host {
 }
 
 impl Running {
-    /// Tells whether it has ended.
+    /// Tells whether it has ended, or its host has.
     pub fn ended(&self) -> bool {
-        self.heard.lock().status.contains_key(&self.id)
+        let state = self.heard.lock();
+        state.status.contains_key(&self.id) || state.gone || self.heard.crashed()
     }
 
     /// Waits for its end.
@@ -250,6 +257,15 @@ impl Heard {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn console(&self) -> String {
+        String::from_utf8_lossy(&fs::read(&self.console).unwrap_or_default()).into_owned()
+    }
+
+    /// The host's kernel gave up; it may hang instead of ending.
+    fn crashed(&self) -> bool {
+        self.console().contains("Kernel panic - not syncing")
+    }
+
     /// Reads the port until the host is gone.
     fn listen(&self, port: UnixStream) {
         for line in BufReader::new(port).lines() {
@@ -280,12 +296,15 @@ impl Heard {
             if state.gone {
                 bail!("the host is off");
             }
+            if self.crashed() {
+                bail!("the kernel of the emulated host crashed: {}", self.console.display());
+            }
             if left.is_zero() {
                 bail!("no answer in time");
             }
             state = self
                 .changed
-                .wait_timeout(state, left)
+                .wait_timeout(state, left.min(CRASH_CHECK))
                 .unwrap_or_else(PoisonError::into_inner)
                 .0;
         }

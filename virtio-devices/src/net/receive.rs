@@ -237,6 +237,8 @@ impl Receiver {
                 counters.rx_dropped.fetch_add(1, Relaxed);
             } else if len <= self.room {
                 self.deliver(io, len, counters)?;
+                // At once: the driver works on it, and gives buffers back, while the next frame is fetched.
+                io.finish(RX)?;
             } else {
                 self.keep(len);
             }
