@@ -56,12 +56,7 @@ impl Protected {
             ),
             STEP,
         )?;
-        // Few epochs: each kicks the vCPU out of the guest, and now and then the emulated host's kernel crashes in the vCPU's
-        // thread (page faults on its own GS base), or the guest does. Probably qemu's emulation of nested SVM: nothing of
-        // the kind is seen on a KVM that is not emulated.
-        let enable = format!(
-            "remote p ft enable --peer tcp:{peer}:7000 --insecure --limits min_epoch_us=30000 && ft_is p protected"
-        );
+        let enable = format!("remote p ft enable --peer tcp:{peer}:7000 --insecure && ft_is p protected");
         self.bed.host("a").run(&enable, STEP)?;
         Ok(())
     }
