@@ -5,12 +5,16 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use std::time::Duration;
 
-use io_uring::squeue::Entry;
+use io_uring::squeue::{Entry, Flags};
 use io_uring::{IoUring, Probe, opcode, types};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::file::{DiskFile, is_unsupported, punch_hole, zero_mode};
 use crate::backend::{BlockBackend, BlockCompletion, BlockOp};
+
+/// Bytes of a read through the page cache from which on a thread of the kernel does it: else this thread would copy one
+/// after another.
+const LONG_READ: usize = 128 << 10;
 
 /// A request that the kernel has, or will get.
 #[derive(Default)]
@@ -73,9 +77,14 @@ impl Uring {
         let (pointer, count) = (iovecs.as_ptr(), iovecs.len() as u32);
         let plain = types::Fd(self.disk.plain_fd());
         let entry = match op {
-            BlockOp::Read { offset } => opcode::Readv::new(types::Fd(self.disk.fd(offset, iovecs)), pointer, count)
-                .offset(offset)
-                .build(),
+            BlockOp::Read { offset } => {
+                let fd = self.disk.fd(offset, iovecs);
+                let cached = fd == self.disk.plain_fd();
+                let long = cached && iovecs.iter().map(|v| v.iov_len).sum::<usize>() >= LONG_READ;
+                let flags = if long { Flags::ASYNC } else { Flags::empty() };
+                let read = opcode::Readv::new(types::Fd(fd), pointer, count).offset(offset);
+                read.build().flags(flags)
+            }
             BlockOp::Write { offset } => opcode::Writev::new(types::Fd(self.disk.fd(offset, iovecs)), pointer, count)
                 .offset(offset)
                 .build(),
