@@ -117,6 +117,9 @@ pub enum DiskChange {
     Flush,
 }
 
+/// A state that was saved, but not encoded yet: that can wait until the VM runs again.
+pub type SavedState = Box<dyn FnOnce() -> Result<Vec<u8>, MachineError> + Send>;
+
 /// The running VM. Methods may be called from FT's own threads; `pause`..`resume` pairs never nest.
 pub trait Protected: Send + Sync {
     /// What the backup needs to build the shadow.
@@ -138,7 +141,7 @@ pub trait Protected: Send + Sync {
     /// Gets every vCPU out of the guest and every device worker to a request boundary.
     fn pause(&self) -> Result<(), MachineError>;
     /// Complete state but for RAM and disks: vCPUs, interrupt controllers, clocks, devices. Only while paused.
-    fn save_state(&self) -> Result<Vec<u8>, MachineError>;
+    fn save_state(&self) -> Result<SavedState, MachineError>;
     /// Lets the guest run on.
     fn resume(&self) -> Result<(), MachineError>;
     /// Puts the interposer between the devices and their backends. Only while paused.

@@ -176,6 +176,9 @@ pub trait Vcpu: Send {
     fn set_cpuid(&mut self, entries: &[CpuIdEntry]) -> Result<()>;
     /// Sets registers for a direct boot; see [`BootRegisters`].
     fn set_boot_registers(&mut self, regs: &BootRegisters) -> Result<()>;
+    /// Reads the part of the state that nothing but the vCPU's own running changes, to make the next [`Vcpu::state`]
+    /// shorter. Forgotten when the vCPU runs or gets another state.
+    fn presave(&mut self) -> Result<()>;
     /// Complete state. Must not be called while the vCPU runs or has an I/O instruction pending.
     fn state(&mut self) -> Result<VcpuState>;
     /// Restores a complete state. The guest's TSC goes on at its saved value plus `advance_ns` nanoseconds (by offset,

@@ -4,6 +4,7 @@
 //! pauses the VM may then take the mutex to save or load state. Lock order: `Shared::control`, never while holding a
 //! vCPU. A parked thread waits on a condition variable; a kick gets a running one out of the guest.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
@@ -72,6 +73,8 @@ struct Control {
 
 struct Shared {
     control: Mutex<Control>,
+    /// Whoever parks the vCPUs will save their states. Set before they are kicked.
+    save: AtomicBool,
     /// Signalled when `target` or `parked` changes.
     changed: Condvar,
 }
@@ -95,6 +98,7 @@ impl Vcpus {
                 loads: 0,
                 kickers: Vec::with_capacity(vcpus.len()),
             }),
+            save: AtomicBool::new(false),
             changed: Condvar::new(),
         });
         let this = Self {
@@ -130,11 +134,13 @@ impl Vcpus {
         self.vcpus.is_empty()
     }
 
-    /// Gets every vCPU out of the guest and waits until all are parked; their I/O instructions are complete.
-    pub fn pause(&self) {
+    /// Gets every vCPU out of the guest and waits until all are parked; their I/O instructions are complete. With `save`
+    /// each thread reads what it can of its vCPU's state, in parallel, so that [`Vcpus::states`] takes less time.
+    pub fn pause(&self, save: bool) {
         let mut control = lock(&self.shared.control);
         if control.target == Target::Run {
             control.target = Target::Park;
+            self.shared.save.store(save, Ordering::SeqCst);
             for kicker in &control.kickers {
                 kicker.kick();
             }
@@ -265,12 +271,18 @@ fn vcpu_thread(index: usize, vcpu: &Mutex<Box<dyn Vcpu>>, shared: &Shared, exits
     while wait_for_run(shared, kicker.as_ref()) {
         let loads = lock(&shared.control).loads;
         if fallen != Some(loads) {
-            let mut vcpu = lock(vcpu);
-            let outcome = run_until_kicked(vcpu.as_mut(), exits);
-            if let Ok(Left::TripleFault) = &outcome {
-                log_triple_fault(index, vcpu.as_mut());
+            let mut held = lock(vcpu);
+            let outcome = run_until_kicked(held.as_mut(), exits);
+            match &outcome {
+                Ok(Left::Kicked) if shared.save.load(Ordering::SeqCst) => {
+                    if let Err(e) = held.presave() {
+                        log::debug!("vCPU {index}: its state is not read ahead: {e}");
+                    }
+                }
+                Ok(Left::TripleFault) => log_triple_fault(index, held.as_mut()),
+                _ => {}
             }
-            drop(vcpu);
+            drop(held);
             match outcome {
                 Ok(Left::Kicked) => continue,
                 Ok(Left::Reset | Left::TripleFault) => exits.events.reset(),

@@ -304,7 +304,7 @@ impl Vm {
             self.user_paused.store(true, Ordering::SeqCst);
         }
         if before == 0 {
-            self.vcpus.pause();
+            self.vcpus.pause(holder == Holder::Ft);
         }
         if before & !(Holder::Throttle as u8) == 0 {
             self.devices.pause();
@@ -347,7 +347,7 @@ impl Vm {
         let before = run.holders;
         run.holders |= holder as u8;
         if before == 0 {
-            self.vcpus.pause();
+            self.vcpus.pause(false);
         }
     }
 

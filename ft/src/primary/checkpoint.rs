@@ -7,8 +7,9 @@ use std::time::{Duration, Instant};
 use super::controller::{BeginError, Controller};
 use super::metrics::Checkpoint;
 use super::session::lock;
+use super::stage::pages;
 use crate::core::primary::{Action, Event};
-use crate::machine::{PAGE_SIZE, PageRun};
+use crate::machine::{MachineError, PAGE_SIZE};
 use crate::wire::frame::{self, EndMarker, Frame, OutFrame, encode};
 
 /// Frames that a checkpoint carries along: an answer that the dying primary could not send leaves from the backup. More
@@ -18,35 +19,59 @@ const FRAME_CAP: usize = 128 << 10;
 /// Bytes after which frames are written.
 const BURST: u64 = 1 << 20;
 
-pub(super) fn pages(runs: &[PageRun]) -> u64 {
-    runs.iter().map(|run| run.count).sum()
-}
+/// Pages that are worth a pass of their own while the guest runs: copying fewer takes no longer than such a pass costs.
+const AHEAD: f64 = 128.0;
+
+/// Passes of that kind.
+const MAX_PASSES: u32 = 4;
 
 impl Controller {
+    /// Copies what the guest has written so far while it runs on, for as long as that leaves less for the pause.
+    pub(super) fn copy_ahead(&mut self) -> Result<(), MachineError> {
+        self.stage.clear();
+        let mut began = self.epoch_began;
+        let mut expected = self.dirty_rate * began.elapsed().as_secs_f64();
+        for _ in 0..MAX_PASSES {
+            if expected < AHEAD {
+                break;
+            }
+            let harvested = Instant::now();
+            let written = self.copy_written()? as f64;
+            let rate = written / harvested.saturating_duration_since(began).as_secs_f64().max(1e-6);
+            expected = rate * harvested.elapsed().as_secs_f64();
+            began = harvested;
+            // The guest writes about as fast as its pages are copied: another pass would find as much.
+            if expected > written / 2.0 {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// Copies the pages written since the last call; their number.
+    fn copy_written(&mut self) -> Result<u64, MachineError> {
+        let machine = &self.session.machine;
+        self.runs.clear();
+        machine.harvest_dirty(&mut self.runs)?;
+        self.stage.copy(&self.runs, |gpa, to| machine.read_memory(gpa, to))?;
+        Ok(pages(&self.runs))
+    }
+
     /// Takes a checkpoint of the VM, which stands still since `begin`, lets it run on and sends the checkpoint.
     pub(super) fn checkpoint(&mut self, begin: Instant) -> Result<(), BeginError> {
         let session = self.session.clone();
         let machine = &session.machine;
         let cut = session.interposer.cut();
         let epoch_time = begin.saturating_duration_since(self.epoch_began);
-        self.runs.clear();
-        machine.harvest_dirty(&mut self.runs)?;
-        let count = pages(&self.runs);
+        self.copy_written()?;
+        let count = self.stage.pages();
         let bytes = count as usize * PAGE_SIZE;
-        if self.staging.len() < bytes {
-            self.staging.resize(bytes, 0);
-        }
-        let mut at = 0;
-        for run in &self.runs {
-            let len = run.count as usize * PAGE_SIZE;
-            machine.read_memory(run.gpa, &mut self.staging[at..at + len])?;
-            at += len;
-        }
+        self.dirty_rate = count as f64 / epoch_time.as_secs_f64().max(1e-4);
         let state = machine.save_state()?;
         let inputs = session.log.inputs.swap(0, Ordering::Relaxed);
         let disk = session.log.disk.swap(0, Ordering::Relaxed);
         let taken = Instant::now();
-        let lag = bytes as u64 + state.len() as u64 + cut.held + cut.logged;
+        let lag = bytes as u64 + self.state_len + cut.held + cut.logged;
         self.drive(Event::Checkpointed {
             bytes: lag,
             dirty_bytes: bytes as u64,
@@ -66,26 +91,21 @@ impl Controller {
             );
         }
         if lock(&session.core).sends() {
+            let state = state()?;
+            self.state_len = state.len() as u64;
             let marker = EndMarker {
                 epoch: cut.epoch,
                 disk,
                 inputs,
-                state_len: state.len() as u64,
+                state_len: self.state_len,
                 ..Default::default()
             };
-            self.send(marker, bytes, &state, taken, cut.logged)?;
+            self.send(marker, &state, taken, cut.logged)?;
         }
         Ok(())
     }
 
-    fn send(
-        &mut self,
-        mut marker: EndMarker,
-        bytes: usize,
-        state: &[u8],
-        taken: Instant,
-        logged: u64,
-    ) -> io::Result<()> {
+    fn send(&mut self, mut marker: EndMarker, state: &[u8], taken: Instant, logged: u64) -> io::Result<()> {
         let session = self.session.clone();
         let outbox = &session.outbox;
         let outputs = session.interposer.sealed_outputs(marker.epoch, FRAME_CAP);
@@ -95,7 +115,7 @@ impl Controller {
         let mut sent = logged;
         let size = |burst: &[OutFrame<'_>]| burst.iter().map(|frame| frame.size() as u64).sum::<u64>();
         // A small epoch leaves in one write; the pages of a large one go out while the next are being encoded.
-        let mut pages = |frame| {
+        let mut write = |frame| {
             burst.push(frame);
             if size(&burst) >= BURST {
                 sent += size(&burst);
@@ -104,10 +124,8 @@ impl Controller {
             }
             Ok::<(), io::Error>(())
         };
-        let staged = &mut self.staging[..bytes];
-        let encoded = self
-            .encoder
-            .encode(marker.epoch, &self.runs, staged, false, &mut pages)?;
+        let (runs, content) = self.stage.content();
+        let encoded = self.encoder.encode(marker.epoch, runs, content, false, &mut write)?;
         (marker.pages, marker.zero_pages) = (encoded.pages, encoded.zero_pages);
         marker.age_ns = taken.elapsed().min(Duration::from_secs(3600)).as_nanos() as u64;
         burst.extend(encode(&Frame::End(marker)));

@@ -11,21 +11,23 @@ use std::time::{Duration, Instant};
 
 use super::precopy;
 use super::session::{Session, lock};
+use super::stage::Stage;
 use crate::core::ms;
 use crate::core::primary::{Action, Event};
 use crate::machine::{MachineError, Output, PageRun};
 use crate::wire::pages::PageEncoder;
 
-/// RAM copied per epoch for which room is made beforehand.
-const STAGING: usize = 16 << 20;
-
 /// What the controller keeps from epoch to epoch.
 pub(super) struct Controller {
     pub(super) session: Arc<Session>,
     pub(super) encoder: PageEncoder,
-    /// Content of the epoch's pages.
-    pub(super) staging: Vec<u8>,
+    pub(super) stage: Stage,
+    /// What was written last, while it is being copied.
     pub(super) runs: Vec<PageRun>,
+    /// Pages written per second in the last epoch.
+    pub(super) dirty_rate: f64,
+    /// Bytes of the last state.
+    pub(super) state_len: u64,
     pub(super) epoch_began: Instant,
     todo: VecDeque<Action>,
     paused: bool,
@@ -47,9 +49,10 @@ pub(super) fn run(session: &Arc<Session>) {
     let mut controller = Controller {
         session: session.clone(),
         encoder: PageEncoder::default(),
-        // Touched now, so that no page of it has to be found while the guest stands still.
-        staging: vec![1; STAGING],
+        stage: Stage::new(),
         runs: Vec::new(),
+        dirty_rate: 0.0,
+        state_len: 0,
         epoch_began: Instant::now(),
         todo: VecDeque::new(),
         paused: false,
@@ -156,12 +159,7 @@ impl Controller {
     fn perform(&mut self, action: Action) {
         match action {
             Action::Checkpoint => {
-                let begin = Instant::now();
-                if let Err(e) = self
-                    .pause()
-                    .map_err(BeginError::from)
-                    .and_then(|()| self.checkpoint(begin))
-                {
+                if let Err(e) = self.next_checkpoint() {
                     self.drive(e.into());
                 }
             }
@@ -175,6 +173,13 @@ impl Controller {
             | Action::AskArbiter { .. }
             | Action::Disconnect => {}
         }
+    }
+
+    fn next_checkpoint(&mut self) -> Result<(), BeginError> {
+        self.copy_ahead()?;
+        let begin = Instant::now();
+        self.pause()?;
+        self.checkpoint(begin)
     }
 
     pub(super) fn pause(&mut self) -> Result<(), MachineError> {

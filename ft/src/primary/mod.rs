@@ -16,6 +16,7 @@ mod handshake;
 pub mod metrics;
 pub mod precopy;
 pub mod session;
+mod stage;
 
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;

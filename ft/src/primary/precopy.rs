@@ -8,9 +8,9 @@ use std::io;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use super::checkpoint::pages;
 use super::controller::{BeginError, Controller};
 use super::session::lock;
+use super::stage::pages;
 use crate::machine::{DiskChange, PAGE_SIZE, PageRun};
 use crate::wire::frame::{self, OutFrame};
 
@@ -186,7 +186,7 @@ fn send(c: &mut Controller, pending: &Pending, first: bool, mut pace: Option<&mu
 
 fn send_ram(c: &mut Controller, run: PageRun, first: bool) -> Result<u64, BeginError> {
     let session = c.session.clone();
-    let chunk = &mut c.staging[..run.count as usize * PAGE_SIZE];
+    let chunk = c.stage.scratch(run.count as usize * PAGE_SIZE);
     session.machine.read_memory(run.gpa, chunk)?;
     let mut frames = Vec::new();
     let mut collect = |frame| {
@@ -205,7 +205,7 @@ fn send_ram(c: &mut Controller, run: PageRun, first: bool) -> Result<u64, BeginE
 
 fn send_disk(c: &mut Controller, disk: u16, offset: u64, len: usize) -> Result<u64, BeginError> {
     let session = c.session.clone();
-    let chunk = &mut c.staging[..len];
+    let chunk = c.stage.scratch(len);
     session.machine.read_disk(disk, offset, chunk)?;
     let mut frames: Vec<OutFrame<'static>> = Vec::new();
     let mut at = 0;

@@ -309,7 +309,7 @@ impl Protected for FakeVm {
         Ok(())
     }
 
-    fn save_state(&self) -> Result<Vec<u8>, MachineError> {
+    fn save_state(&self) -> Result<SavedState, MachineError> {
         assert!(self.is_paused());
         if let Some(reason) = lock(&self.fail_save).clone() {
             return Err(MachineError(reason));
@@ -317,7 +317,7 @@ impl Protected for FakeVm {
         let contents = self.contents();
         let state = contents.counter.to_le_bytes().to_vec();
         lock(&self.history).push(contents);
-        Ok(state)
+        Ok(Box::new(move || Ok(state)))
     }
 
     fn resume(&self) -> Result<(), MachineError> {

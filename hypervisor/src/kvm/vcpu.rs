@@ -7,7 +7,8 @@ use std::sync::Arc;
 
 use kvm_bindings::{
     CpuId, KVM_CAP_XSAVE2, KVM_EXIT_DIRTY_RING_FULL, KVM_SYSTEM_EVENT_RESET, KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET,
-    Msrs, Xsave, kvm_device_attr, kvm_dtable, kvm_msr_entry, kvm_regs, kvm_segment,
+    Msrs, Xsave, kvm_debugregs, kvm_device_attr, kvm_dtable, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_segment,
+    kvm_sregs, kvm_xcrs,
 };
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 
@@ -62,6 +63,19 @@ pub(super) struct KvmVcpu {
     rings: Option<Arc<Rings>>,
     /// As given to `set_cpuid`.
     cpuid: Vec<CpuIdEntry>,
+    presaved: Option<Presaved>,
+}
+
+/// What only running the vCPU changes; interrupts that arrive meanwhile do not.
+struct Presaved {
+    mp_state: kvm_mp_state,
+    regs: kvm_regs,
+    sregs: kvm_sregs,
+    xcrs: kvm_xcrs,
+    xsave: Vec<u32>,
+    msrs: Vec<kvm_msr_entry>,
+    debugregs: kvm_debugregs,
+    tsc_khz: u32,
 }
 
 impl KvmVcpu {
@@ -84,6 +98,7 @@ impl KvmVcpu {
             kicker: None,
             rings,
             cpuid: Vec::new(),
+            presaved: None,
         };
         this.choose_msrs(listed.as_slice());
         Ok(this)
@@ -158,6 +173,41 @@ impl KvmVcpu {
         }
     }
 
+    /// See [`Presaved`].
+    fn own_state(&self) -> Result<Presaved> {
+        let entries: Vec<kvm_msr_entry> = self
+            .msrs
+            .iter()
+            .map(|index| kvm_msr_entry {
+                index: *index,
+                ..Default::default()
+            })
+            .collect();
+        // MP state first: reading it lets KVM process pending INIT and SIPI (KVM API 4.38).
+        let mp_state = self.fd.get_mp_state().map_err(ioctl("read the MP state"))?;
+        let regs = self.fd.get_regs().map_err(ioctl("read registers"))?;
+        let sregs = self.fd.get_sregs().map_err(ioctl("read segment registers"))?;
+        let xsave = self.xsave()?;
+        let xcrs = self.fd.get_xcrs().map_err(ioctl("read XCRs"))?;
+        let debugregs = self.fd.get_debug_regs().map_err(ioctl("read debug registers"))?;
+        let mut msrs = Msrs::from_entries(&entries).map_err(|_| Error::Missing("room for MSRs"))?;
+        let read = self.fd.get_msrs(&mut msrs).map_err(ioctl("read MSRs"))?;
+        if read != entries.len() {
+            let index = entries.get(read).map_or(0, |e| e.index);
+            return Err(Error::State(format!("MSR {index:#x} can no longer be read")));
+        }
+        Ok(Presaved {
+            mp_state,
+            regs,
+            sregs,
+            xcrs,
+            xsave,
+            msrs: msrs.as_slice().to_vec(),
+            debugregs,
+            tsc_khz: self.fd.get_tsc_khz().unwrap_or(0),
+        })
+    }
+
     fn set_xsave(&self, words: &[u32]) -> Result<()> {
         let expected = 1024 + self.xsave_extra;
         if words.len() != expected {
@@ -215,6 +265,7 @@ fn tss(selector: u16) -> kvm_segment {
 
 impl Vcpu for KvmVcpu {
     fn run(&mut self) -> Result<VcpuExit<'_>> {
+        self.presaved = None;
         use kvm_ioctls::VcpuExit as Kvm;
         match self.fd.run() {
             Ok(exit) => Ok(match exit {
@@ -259,6 +310,7 @@ impl Vcpu for KvmVcpu {
     }
 
     fn set_boot_registers(&mut self, boot: &BootRegisters) -> Result<()> {
+        self.presaved = None;
         let mut sregs = self.fd.get_sregs().map_err(ioctl("read segment registers"))?;
         let mut regs = kvm_regs {
             rflags: 2,
@@ -321,30 +373,22 @@ impl Vcpu for KvmVcpu {
         self.fd.set_lapic(&lapic).map_err(ioctl("set the local APIC"))
     }
 
+    fn presave(&mut self) -> Result<()> {
+        self.presaved = Some(self.own_state()?);
+        Ok(())
+    }
+
     fn state(&mut self) -> Result<VcpuState> {
-        let entries: Vec<kvm_msr_entry> = self
-            .msrs
-            .iter()
-            .map(|index| kvm_msr_entry {
-                index: *index,
-                ..Default::default()
-            })
-            .collect();
         // MP state first: reading it lets KVM process pending INIT and SIPI (KVM API 4.38).
         let mp_state = self.fd.get_mp_state().map_err(ioctl("read the MP state"))?;
         let regs = self.fd.get_regs().map_err(ioctl("read registers"))?;
-        let sregs = self.fd.get_sregs().map_err(ioctl("read segment registers"))?;
-        let xsave = self.xsave()?;
-        let xcrs = self.fd.get_xcrs().map_err(ioctl("read XCRs"))?;
-        let debugregs = self.fd.get_debug_regs().map_err(ioctl("read debug registers"))?;
+        // Such a signal from a vCPU that ran longer than this one starts it anew.
+        let own = match self.presaved.take() {
+            Some(own) if own.mp_state == mp_state && own.regs == regs => own,
+            _ => self.own_state()?,
+        };
         let lapic = self.fd.get_lapic().map_err(ioctl("read the local APIC"))?;
-        let mut msrs = Msrs::from_entries(&entries).map_err(|_| Error::Missing("room for MSRs"))?;
-        let read = self.fd.get_msrs(&mut msrs).map_err(ioctl("read MSRs"))?;
-        if read != entries.len() {
-            let index = entries.get(read).map_or(0, |e| e.index);
-            return Err(Error::State(format!("MSR {index:#x} can no longer be read")));
-        }
-        let mut msrs = msrs.as_slice().to_vec();
+        let mut msrs = own.msrs;
         for index in [MSR_IA32_TSC_ADJUST, MSR_IA32_TSC_DEADLINE] {
             if let Some(data) = self.read_msr(index)? {
                 msrs.push(kvm_msr_entry {
@@ -360,21 +404,22 @@ impl Vcpu for KvmVcpu {
             version: VCPU_STATE_VERSION,
             cpuid: self.cpuid.clone(),
             regs,
-            sregs,
-            xcrs,
-            xsave,
+            sregs: own.sregs,
+            xcrs: own.xcrs,
+            xsave: own.xsave,
             msrs,
             lapic,
             events,
-            debugregs,
+            debugregs: own.debugregs,
             mp_state,
             tsc,
             host_tsc,
-            tsc_khz: self.fd.get_tsc_khz().unwrap_or(0),
+            tsc_khz: own.tsc_khz,
         })
     }
 
     fn set_state(&mut self, state: &VcpuState, advance_ns: u64, host_tsc_base: u64) -> Result<()> {
+        self.presaved = None;
         if state.version != VCPU_STATE_VERSION {
             return Err(Error::State(format!(
                 "version {}, this VMM knows {VCPU_STATE_VERSION}",

@@ -261,9 +261,10 @@ impl Heard {
         String::from_utf8_lossy(&fs::read(&self.console).unwrap_or_default()).into_owned()
     }
 
-    /// The host's kernel gave up; it may hang instead of ending.
+    /// The host's kernel gave up, and may hang instead of ending; or one of its processors does not answer the others.
     fn crashed(&self) -> bool {
-        self.console().contains("Kernel panic - not syncing")
+        let console = self.console();
+        console.contains("Kernel panic - not syncing") || console.lines().any(stuck)
     }
 
     /// Reads the port until the host is gone.
@@ -297,7 +298,7 @@ impl Heard {
                 bail!("the host is off");
             }
             if self.crashed() {
-                bail!("the kernel of the emulated host crashed: {}", self.console.display());
+                bail!("the emulated host crashed or hangs: {}", self.console.display());
             }
             if left.is_zero() {
                 bail!("no answer in time");
@@ -309,6 +310,16 @@ impl Heard {
                 .0;
         }
     }
+}
+
+/// Whether the kernel's watchdog tells of a processor that made no progress for longer than a busy machine explains.
+fn stuck(line: &str) -> bool {
+    let seconds = line
+        .split_once("soft lockup")
+        .and_then(|(_, rest)| rest.split_once("stuck for "))
+        .and_then(|(_, rest)| rest.split_once("s!"))
+        .and_then(|(seconds, _)| seconds.parse::<u32>().ok());
+    seconds.is_some_and(|seconds| seconds >= 45)
 }
 
 fn connect(path: &Path, qemu: &mut Child) -> Result<UnixStream> {
@@ -422,4 +433,17 @@ fn arguments(name: &str, spec: &HostSpec, joined: bool, places: &Places) -> Vec<
 /// A path as a value in qemu's options.
 fn quoted(path: &Path) -> String {
     path.display().to_string().replace(',', ",,")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_long_soft_lockup_is_told_from_a_short_one() {
+        let line =
+            |s: u32| format!("[  265.4] watchdog: BUG: soft lockup - CPU#1 stuck for {s}s! [qemu-system-x86:424]");
+        assert!(stuck(&line(52)) && !stuck(&line(26)));
+        assert!(!stuck("guest login: ") && !stuck("soft lockup - CPU#1 stuck for ever"));
+    }
 }

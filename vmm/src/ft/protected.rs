@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
 use ft::interposer::Interposer;
-use ft::machine::{DiskIdentity, Identity, MachineError, Output, PageRun, Protected};
+use ft::machine::{DiskIdentity, Identity, MachineError, Output, PageRun, Protected, SavedState};
 use virtio_devices::backend::{BlockBackend, ConsoleBackend, NetBackend};
 
 use super::backends::{HeldConsole, HeldNet, Slot};
@@ -216,9 +216,9 @@ impl Protected for ProtectedVm {
         self.vm.pause(Holder::Ft).map_err(machine_error)
     }
 
-    fn save_state(&self) -> Result<Vec<u8>, MachineError> {
+    fn save_state(&self) -> Result<SavedState, MachineError> {
         let state = self.vm.state().map_err(machine_error)?;
-        postcard::to_stdvec(&state).map_err(machine_error)
+        Ok(Box::new(move || postcard::to_stdvec(&state).map_err(machine_error)))
     }
 
     fn resume(&self) -> Result<(), MachineError> {
