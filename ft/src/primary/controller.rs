@@ -240,6 +240,7 @@ impl Controller {
         // Workers that wait for room would keep the VM from being paused; what they still send is held and dropped.
         self.session.interposer.begin_cut();
         self.session.machine.stop(reason);
+        self.session.machine_stopped();
         drop(self.session.interposer.close());
         self.done = true;
     }

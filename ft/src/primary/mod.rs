@@ -142,7 +142,7 @@ impl Primary {
             ));
         }
         self.session.wait_end(PATIENCE);
-        let status = lock(&self.session.core).status();
+        let status = self.session.status();
         if status.state == FtState::Stopped {
             return Ok(());
         }

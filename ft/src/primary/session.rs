@@ -91,6 +91,8 @@ pub struct Session {
     peer: String,
     pub(super) core: Mutex<PrimaryState>,
     announced: Mutex<Option<Status>>,
+    /// The VM was stopped for good. Only then the state says so: whoever reads `stopped` may count on it (R4).
+    stopped: AtomicBool,
     pub(super) limits: Mutex<FtLimits>,
     pub(super) outbox: Arc<Outbox>,
     pub(super) log: Arc<Log>,
@@ -138,6 +140,7 @@ impl Session {
                 peer: parts.peer,
                 core: Mutex::new(core),
                 announced: Mutex::new(None),
+                stopped: AtomicBool::new(false),
                 limits: Mutex::new(parts.limits),
                 outbox,
                 log,
@@ -211,12 +214,30 @@ impl Session {
     /// Called with the core locked, so that changes are announced in their order.
     fn announce(&self, core: &PrimaryState) {
         let status = core.status();
+        if status.state == FtState::Stopped && !self.stopped.load(Ordering::SeqCst) {
+            return;
+        }
         let mut announced = lock(&self.announced);
         let changed = |old: &Status| (old.state, &old.reason) != (status.state, &status.reason);
         if announced.as_ref().is_none_or(changed) {
             announce(&self.events, FtRole::Primary, &status);
             *announced = Some(status);
         }
+    }
+
+    /// The controller has stopped the VM.
+    pub(super) fn machine_stopped(&self) {
+        self.stopped.store(true, Ordering::SeqCst);
+        self.announce(&lock(&self.core));
+    }
+
+    /// The state, as far as it has come about.
+    pub(super) fn status(&self) -> Status {
+        let decided = lock(&self.core).status();
+        if decided.state == FtState::Stopped && !self.stopped.load(Ordering::SeqCst) {
+            return lock(&self.announced).clone().unwrap_or(decided);
+        }
+        decided
     }
 
     /// Steps the core; what pauses or changes the VM is returned, the rest is done.
@@ -404,8 +425,8 @@ impl Session {
     pub(super) fn info(&self) -> FtInfo {
         let mut info = FtInfo::disabled();
         lock(&self.metrics).report(&mut info);
+        let status = self.status();
         let core = lock(&self.core);
-        let status = core.status();
         (info.lag_bytes, info.run_percent) = (core.lag(), core.percent());
         drop(core);
         info.role = if status.state == FtState::Disabled {

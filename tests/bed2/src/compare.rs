@@ -13,7 +13,7 @@ use crate::host::Host;
 /// Hang guard of one guest's life.
 const LIFE: Duration = Duration::from_secs(900);
 
-/// Rounds that may be lost, with an emulated host that crashed or stood still.
+/// Repetitions of one guest's life.
 const MAX_LOST: u32 = 2;
 
 /// The figures: name in the script's output, what it is, whether less is better.
@@ -91,25 +91,25 @@ const MEASURE: &str = r#"
 /// Measures and prints.
 pub fn run(options: &Options) -> Result<()> {
     let (mut ours, mut qemu) = (Vec::new(), Vec::new());
-    let mut lost = 0;
-    while ours.len() < options.runs as usize {
-        match round(ours.len() + 1, options) {
-            Ok((a, b)) => {
-                ours.push(a);
-                qemu.push(b);
-            }
-            Err(e) if lost < MAX_LOST => {
-                lost += 1;
-                eprintln!("bed 2: this round does not count, once more: {e:#}");
-            }
-            Err(e) => return Err(e),
+    for round in 1..=options.runs {
+        let one = |vmm: &str, start: &str, figures: &mut Vec<Vec<f64>>| {
+            eprintln!("bed 2: round {round} of {}: {vmm}", options.runs);
+            guest_life(options, start).map(|found| figures.push(found))
+        };
+        // In turns, so that neither always finds the machine as the other left it.
+        if round % 2 == 1 {
+            one("our VMM", OURS, &mut ours)?;
+            one("QEMU", QEMU, &mut qemu)?;
+        } else {
+            one("QEMU", QEMU, &mut qemu)?;
+            one("our VMM", OURS, &mut ours)?;
         }
     }
     let mut rows = Vec::new();
     for (i, (name, what, less)) in FIGURES.into_iter().enumerate() {
-        let (a, b) = (median(&ours, i), median(&qemu, i));
+        let (a, b) = (figure(&ours, i), figure(&qemu, i));
         // Above 1: our VMM is better.
-        let ratio = if less { b / a } else { a / b };
+        let ratio = if less { b[1] / a[1] } else { a[1] / b[1] };
         rows.push((name, what, a, b, ratio));
     }
     if options.json {
@@ -122,26 +122,31 @@ pub fn run(options: &Options) -> Result<()> {
             serde_json::to_string_pretty(&json!({"runs": options.runs, "figures": figures}))?
         );
     } else {
-        println!(
-            "{:32} {:>10} {:>10} {:>16}",
-            "median of each", "ours", "QEMU", "ours is better x"
-        );
+        let head = "median (least - most)";
+        println!("{head:32} {:>26} {:>26} {:>16}", "ours", "QEMU", "ours is better x");
         for (_, what, a, b, ratio) in rows {
-            println!("{what:32} {a:10.1} {b:10.1} {ratio:16.2}");
+            let cell = |f: [f64; 3]| format!("{:.1} ({:.1} - {:.1})", f[1], f[0], f[2]);
+            println!("{what:32} {:>26} {:>26} {ratio:16.2}", cell(a), cell(b));
         }
     }
     Ok(())
 }
 
-/// One round, on a host of its own.
-fn round(number: usize, options: &Options) -> Result<(Vec<f64>, Vec<f64>)> {
-    let mut bed = Bed::start(Spec::new("compare", 1).guest_disk(0, "guest")?)?;
-    eprintln!("bed 2: round {number} of {}: our VMM", options.runs);
-    let ours = measure(bed.host("a"), options, OURS)?;
-    eprintln!("bed 2: round {number} of {}: QEMU", options.runs);
-    let qemu = measure(bed.host("a"), options, QEMU)?;
-    bed.power_off()?;
-    Ok((ours, qemu))
+/// One guest's life on a fresh host; repeated when the emulated host crashes or hangs.
+fn guest_life(options: &Options, start: &str) -> Result<Vec<f64>> {
+    let once = || -> Result<Vec<f64>> {
+        let mut bed = Bed::start(Spec::new("compare", 1).guest_disk(0, "guest")?)?;
+        let figures = measure(bed.host("a"), options, start)?;
+        bed.power_off()?;
+        Ok(figures)
+    };
+    for _ in 0..MAX_LOST {
+        match once() {
+            Ok(figures) => return Ok(figures),
+            Err(e) => eprintln!("bed 2: this run does not count, once more: {e:#}"),
+        }
+    }
+    once()
 }
 
 fn measure(host: &mut Host, options: &Options, start: &str) -> Result<Vec<f64>> {
@@ -161,14 +166,15 @@ fn measure(host: &mut Host, options: &Options, start: &str) -> Result<Vec<f64>> 
     FIGURES.iter().map(|(name, ..)| figure(name)).collect()
 }
 
-/// Median of figure `i`.
-fn median(runs: &[Vec<f64>], i: usize) -> f64 {
+/// Least, median and most of figure `i`.
+fn figure(runs: &[Vec<f64>], i: usize) -> [f64; 3] {
     let mut values: Vec<f64> = runs.iter().map(|run| run[i]).collect();
     values.sort_by(f64::total_cmp);
     let middle = values.len() / 2;
-    if values.len() % 2 == 1 {
+    let median = if values.len() % 2 == 1 {
         values[middle]
     } else {
         (values[middle - 1] + values[middle]) / 2.0
-    }
+    };
+    [values[0], median, values[values.len() - 1]]
 }
