@@ -17,11 +17,12 @@
 //! | [`failover`] | kills, and the times and gaps around them |
 //! | [`chain`] | one guest that lives through many kills |
 //! | [`services`] | every service of the guest, checked once |
-//! | [`proxy`] | a TCP proxy that delays, stalls and cuts, for fault tests |
+//! | [`proxy`] | a TCP proxy that delays, slows down, stalls, damages and cuts, for fault tests |
+//! | [`proxied`] | a protected VM whose log channel goes through it |
 //! | [`qemu`] | the same guest under QEMU |
 //! | [`report`] | tables |
 //!
-//! Programs: `demo` and `campaign`. Everything needs root and /dev/kvm.
+//! Programs: `demo`, `campaign` and `faults`. Everything needs root and /dev/kvm.
 
 pub mod chain;
 pub mod cleanup;
@@ -31,6 +32,7 @@ pub mod loads;
 pub mod netns;
 pub mod pair;
 pub mod process;
+pub mod proxied;
 pub mod proxy;
 pub mod qemu;
 pub mod report;

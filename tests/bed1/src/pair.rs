@@ -90,6 +90,8 @@ pub struct Bed {
     pub dir: PathBuf,
     /// How the VM looks.
     pub options: Options,
+    /// Where a host's disk is, if not at its usual place.
+    moved: Vec<(Side, PathBuf)>,
     started: u32,
     keep: bool,
     registered: Option<Registered>,
@@ -123,6 +125,7 @@ impl Bed {
             network: Arc::new(Network::new()?),
             dir,
             options,
+            moved: Vec::new(),
             started: 0,
             keep: false,
             registered,
@@ -139,7 +142,18 @@ impl Bed {
 
     /// The disk of a host.
     pub fn disk(&self, side: Side) -> PathBuf {
-        self.dir.join(format!("{}.img", side.name()))
+        let moved = self.moved.iter().find(|(of, _)| *of == side);
+        moved.map_or_else(
+            || self.dir.join(format!("{}.img", side.name())),
+            |(_, path)| path.clone(),
+        )
+    }
+
+    /// Puts a host's disk, empty, somewhere else in the bed's directory.
+    pub fn move_disk(&mut self, side: Side, to: &str) -> Result<()> {
+        std::fs::remove_file(self.disk(side))?;
+        self.moved.push((side, self.dir.join(to)));
+        self.new_disk(side)
     }
 
     /// Makes a host's disk anew, empty.

@@ -1,16 +1,23 @@
-//! A TCP proxy between primary and backup that can delay, stall and cut, one way or both ways.
+//! A TCP proxy between primary and backup that can delay, slow down, stall, damage and cut, one way or both ways.
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Result;
 
 use crate::netns::Network;
 use crate::pair::Side;
+
+/// Pieces of up to 64 KiB under way in a direction.
+const UNDER_WAY: usize = 256;
+
+/// What a lost segment costs a stream: the sender's retransmission timer.
+const RETRANSMISSION: Duration = Duration::from_millis(200);
 
 /// How one direction behaves.
 #[derive(Default)]
@@ -19,6 +26,12 @@ pub struct Direction {
     stalled: AtomicBool,
     /// Each piece is given on so many milliseconds late.
     delay_ms: AtomicU64,
+    /// One piece of so many is late by a retransmission, and with it all that follow; 0: none.
+    late_one_in: AtomicU64,
+    /// Bytes per second; 0: no limit.
+    rate: AtomicU64,
+    /// One bit of the next piece is flipped.
+    flip: AtomicBool,
     /// Bytes given on.
     passed: AtomicU64,
 }
@@ -32,6 +45,21 @@ impl Direction {
     /// Delays each piece.
     pub fn delay(&self, time: Duration) {
         self.delay_ms.store(time.as_millis() as u64, Ordering::SeqCst);
+    }
+
+    /// Makes one piece of `n` late, as a lost segment would; 0: none.
+    pub fn late_one_in(&self, n: u64) {
+        self.late_one_in.store(n, Ordering::SeqCst);
+    }
+
+    /// Limits the bytes per second; 0: no limit.
+    pub fn rate(&self, bytes_per_s: u64) {
+        self.rate.store(bytes_per_s, Ordering::SeqCst);
+    }
+
+    /// Flips one bit of what comes next.
+    pub fn flip(&self) {
+        self.flip.store(true, Ordering::SeqCst);
     }
 
     /// Bytes given on so far.
@@ -123,8 +151,18 @@ fn join(shared: &Arc<Shared>, here: TcpStream, there: TcpStream) -> std::io::Res
     let pairs = [(here.try_clone()?, there.try_clone()?, true), (there, here, false)];
     for (from, to, forward) in pairs {
         let shared = shared.clone();
-        let pump = move || pump(&shared, if forward { &shared.forward } else { &shared.back }, from, to);
-        std::thread::Builder::new().name("proxy-pump".into()).spawn(pump)?;
+        let direction: fn(&Shared) -> &Direction = if forward { |s| &s.forward } else { |s| &s.back };
+        let (sender, pieces) = sync_channel(UNDER_WAY);
+        let source = (shared.clone(), from.try_clone()?);
+        let taken = move || take(&source.0, direction(&source.0), source.1, &sender);
+        std::thread::Builder::new().name("proxy-take".into()).spawn(taken)?;
+        let give = move || {
+            give(&shared, direction(&shared), &pieces, &to);
+            for end in [from, to] {
+                let _ = end.shutdown(Shutdown::Both);
+            }
+        };
+        std::thread::Builder::new().name("proxy-give".into()).spawn(give)?;
     }
     Ok(())
 }
@@ -136,35 +174,63 @@ fn timed_out(e: &std::io::Error) -> bool {
     )
 }
 
-fn pump(shared: &Shared, direction: &Direction, mut from: TcpStream, mut to: TcpStream) {
+/// Reads pieces and says when each is to go on.
+fn take(shared: &Shared, direction: &Direction, mut from: TcpStream, pieces: &SyncSender<(Instant, Vec<u8>)>) {
     let mut buf = vec![0; 64 << 10];
-    'stream: while !shared.ended.load(Ordering::SeqCst) {
+    let mut count = 0;
+    while !shared.ended.load(Ordering::SeqCst) {
         let n = match from.read(&mut buf) {
-            Ok(0) => break,
+            Ok(0) => return,
             Ok(n) => n,
             Err(e) if timed_out(&e) => continue,
-            Err(_) => break,
+            Err(_) => return,
         };
-        std::thread::sleep(Duration::from_millis(direction.delay_ms.load(Ordering::SeqCst)));
+        count += 1;
+        let mut due = Instant::now() + Duration::from_millis(direction.delay_ms.load(Ordering::SeqCst));
+        let late = direction.late_one_in.load(Ordering::SeqCst);
+        if late > 0 && count % late == 0 {
+            due += RETRANSMISSION;
+        }
+        if direction.flip.swap(false, Ordering::SeqCst) {
+            buf[n / 2] ^= 0x10;
+        }
+        if pieces.send((due, buf[..n].to_vec())).is_err() {
+            return;
+        }
+    }
+}
+
+/// Gives pieces on.
+fn give(shared: &Shared, direction: &Direction, pieces: &Receiver<(Instant, Vec<u8>)>, mut to: &TcpStream) {
+    let ended = || shared.ended.load(Ordering::SeqCst);
+    while !ended() {
+        let (due, piece) = match pieces.recv_timeout(Duration::from_millis(20)) {
+            Ok(piece) => piece,
+            Err(RecvTimeoutError::Timeout) => continue,
+            Err(RecvTimeoutError::Disconnected) => return,
+        };
+        std::thread::sleep(due.saturating_duration_since(Instant::now()));
         let mut done = 0;
-        while done < n {
-            if shared.ended.load(Ordering::SeqCst) {
-                break 'stream;
+        while done < piece.len() {
+            if ended() {
+                return;
             }
             if direction.stalled.load(Ordering::SeqCst) {
                 std::thread::sleep(Duration::from_millis(2));
                 continue;
             }
-            match to.write(&buf[done..n]) {
+            match to.write(&piece[done..]) {
                 Ok(written) => done += written,
                 Err(e) if timed_out(&e) => {}
-                Err(_) => break 'stream,
+                Err(_) => return,
             }
         }
-        direction.passed.fetch_add(n as u64, Ordering::SeqCst);
+        direction.passed.fetch_add(piece.len() as u64, Ordering::SeqCst);
+        let rate = direction.rate.load(Ordering::SeqCst);
+        if rate > 0 {
+            std::thread::sleep(Duration::from_secs_f64(piece.len() as f64 / rate as f64));
+        }
     }
-    let _ = from.shutdown(Shutdown::Both);
-    let _ = to.shutdown(Shutdown::Both);
 }
 
 impl Drop for Proxy {

@@ -4,14 +4,12 @@ use std::io::Write;
 use std::net::{SocketAddr, TcpStream};
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use bed1::failover;
 use bed1::loads::{self, Loads};
-use bed1::pair::{Bed, Host, Options, Side};
-use bed1::proxy::Proxy;
+use bed1::pair::{Bed, Options, Side};
+use bed1::proxied::{LIMIT, Proxied};
 use load::pattern;
-
-const LIMIT: Duration = Duration::from_secs(30);
 
 fn ms(n: u64) -> Duration {
     Duration::from_millis(n)
@@ -21,64 +19,8 @@ fn loads(bed: &Bed) -> Result<Loads> {
     Loads::start(bed, &loads::model(bed), &loads::Options::everything(1))
 }
 
-/// A pair whose log channel goes through a proxy.
-struct Proxied {
-    primary: Host,
-    backup: Host,
-    proxy: Proxy,
-    loads: Loads,
-    bed: Bed,
-}
-
 fn proxied() -> Result<Proxied> {
-    let mut bed = Bed::new(Options::default())?;
-    let mut primary = bed.boot(Side::A)?;
-    let loads = loads(&bed)?;
-    let mut backup = bed.backup(Side::B)?;
-    let proxy = Proxy::start(&bed.network, Side::B, 6500, &backup.peer)?;
-    backup.peer.clone_from(&proxy.address);
-    bed.protect(&mut primary, &mut backup)?;
-    ensure!(
-        proxy.forward().passed() > 1 << 20,
-        "the log channel does not use the proxy"
-    );
-    Ok(Proxied {
-        primary,
-        backup,
-        proxy,
-        loads,
-        bed,
-    })
-}
-
-/// Waits until exactly one side runs the VM and the other has stopped (R4). True: the backup took over.
-fn one_side_goes_on(pair: &mut Proxied) -> Result<bool> {
-    let backup = &mut pair.backup.vmm;
-    let mut states = (String::new(), String::new());
-    pair.primary.vmm.wait_for("one side to go on", LIMIT, |primary| {
-        states = (primary.ft_state()?, backup.ft_state()?);
-        match (states.0.as_str(), states.1.as_str()) {
-            ("solo", "solo") => bail!("both sides run the VM"),
-            ("solo", other) | (other, "solo") => Ok(matches!(other, "stopped" | "failed" | "disabled" | "listening")),
-            _ => Ok(false),
-        }
-    })?;
-    let took_over = states.1 == "solo";
-    let (runs, stopped) = if took_over {
-        (&mut pair.backup, &mut pair.primary)
-    } else {
-        (&mut pair.primary, &mut pair.backup)
-    };
-    ensure!(runs.vmm.vm_state()? == "Running", "nobody runs the VM");
-    ensure!(
-        !stopped.vmm.vm_state().is_ok_and(|s| s == "Running"),
-        "the VM runs on both sides"
-    );
-    pair.loads
-        .wait_progress(20)
-        .with_context(|| format!("states {states:?}"))?;
-    pair.loads.verify(&runs.disk)?;
-    Ok(took_over)
+    Proxied::new(Options::default())
 }
 
 #[test]
@@ -87,7 +29,7 @@ fn kvm_root_cut_both_ways_leaves_one_side() -> Result<()> {
         let mut pair = proxied()?;
         std::thread::sleep(ms(200));
         pair.proxy.cut();
-        one_side_goes_on(&mut pair)?;
+        pair.one_side_goes_on()?;
     }
     Ok(())
 }
@@ -97,21 +39,21 @@ fn kvm_root_silence_both_ways_leaves_one_side() -> Result<()> {
     let mut pair = proxied()?;
     pair.proxy.forward().stall(true);
     pair.proxy.back().stall(true);
-    one_side_goes_on(&mut pair).map(drop)
+    pair.one_side_goes_on().map(drop)
 }
 
 #[test]
 fn kvm_root_silence_towards_the_backup_leaves_one_side() -> Result<()> {
     let mut pair = proxied()?;
     pair.proxy.forward().stall(true);
-    one_side_goes_on(&mut pair).map(drop)
+    pair.one_side_goes_on().map(drop)
 }
 
 #[test]
 fn kvm_root_silence_towards_the_primary_leaves_one_side() -> Result<()> {
     let mut pair = proxied()?;
     pair.proxy.back().stall(true);
-    one_side_goes_on(&mut pair).map(drop)
+    pair.one_side_goes_on().map(drop)
 }
 
 /// A link that goes down closes nothing: only silence tells.
@@ -119,11 +61,11 @@ fn kvm_root_silence_towards_the_primary_leaves_one_side() -> Result<()> {
 fn kvm_root_dead_link_leaves_one_side() -> Result<()> {
     let mut pair = proxied()?;
     pair.bed.network.set_log_link("b", false)?;
-    one_side_goes_on(&mut pair)?;
+    pair.one_side_goes_on()?;
     pair.bed.network.set_log_link("b", true)?;
     // The link's return changes nothing.
     std::thread::sleep(ms(1000));
-    one_side_goes_on(&mut pair).map(drop)
+    pair.one_side_goes_on().map(drop)
 }
 
 #[test]
@@ -141,11 +83,7 @@ fn kvm_root_short_stalls_and_delays_are_borne() -> Result<()> {
     pair.proxy.forward().delay(ms(5));
     pair.proxy.back().delay(ms(20));
     pair.loads.wait_progress(20)?;
-    ensure!(
-        pair.primary.vmm.ft_state()? == "protected",
-        "protection was lost to a short stall"
-    );
-    ensure!(pair.backup.vmm.ft_state()? == "protected");
+    pair.still_protected()?;
     // Nothing that was delayed is lost when the primary dies in the middle of it.
     failover::kill(&mut pair.primary, &mut pair.backup, &pair.loads)?;
     pair.loads.verify(&pair.backup.disk).map(drop)
