@@ -93,7 +93,7 @@ pub fn all() -> Vec<Case> {
         ),
         case(
             "backup-disk-full",
-            "the primary goes on alone, nothing is lost",
+            "the primary goes on unprotected and says why, nothing is lost",
             backup_disk_full,
         ),
         case(
@@ -372,7 +372,7 @@ fn backup_disk_full(_: &Counts) -> Outcome {
     // The loads write all of the 16 MiB disk in time.
     let (mut p, _small) = with_small("small", "3m", |bed| bed.move_disk(Side::B, "small/b.img"))?;
     let moment = Instant::now();
-    p.primary.vmm.wait_ft_state("solo", LIMIT)?;
+    p.primary.vmm.wait_ft_state("failed", LIMIT)?;
     failover::after(moment, &mut p.primary, &p.loads)?;
     let reason = p.primary.vmm.ft_info()?["reason"]
         .as_str()
@@ -383,7 +383,7 @@ fn backup_disk_full(_: &Counts) -> Outcome {
         "the reason does not say so: {reason}"
     );
     p.loads.verify(&p.primary.disk)?;
-    Ok((format!("primary solo, {}; `{reason}`", finish(&mut p)?), Vec::new()))
+    Ok((format!("primary runs on, {}; `{reason}`", finish(&mut p)?), Vec::new()))
 }
 
 fn in_precopy(p: &mut Bed) -> Result<(Host, Host, Loads)> {

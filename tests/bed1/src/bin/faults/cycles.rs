@@ -38,13 +38,19 @@ pub fn all() -> Vec<Case> {
 /// Open files, threads, resident MiB beyond guest RAM.
 fn usage(vmm: &Vmm) -> Result<(usize, usize, f64)> {
     let (fds, threads) = vmm.fds_and_threads()?;
-    let status = std::fs::read_to_string(format!("/proc/{}/status", vmm.pid()))?;
-    let line = status
-        .lines()
-        .find_map(|line| line.strip_prefix("VmRSS:"))
-        .context("no VmRSS")?;
-    let kib: f64 = line.trim().trim_end_matches("kB").trim().parse()?;
-    Ok((fds, threads, kib / 1024.0))
+    let maps = std::fs::read_to_string(format!("/proc/{}/smaps", vmm.pid()))?;
+    let kib = |line: &str, key: &str| -> Option<u64> {
+        let rest = line.strip_prefix(key)?.trim();
+        rest.strip_suffix("kB")?.trim().parse().ok()
+    };
+    let (mut size, mut resident) = (0, 0);
+    for line in maps.lines() {
+        size = kib(line, "Size:").unwrap_or(size);
+        // Nothing but guest RAM is that large.
+        let rss = kib(line, "Rss:").filter(|_| size < 128 << 10);
+        resident += rss.unwrap_or(0);
+    }
+    Ok((fds, threads, resident as f64 / 1024.0))
 }
 
 fn enable_disable(counts: &Counts) -> Outcome {
