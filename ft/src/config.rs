@@ -86,6 +86,8 @@ pub struct FtLimits {
     pub heartbeat_timeout_ms: u32,
     /// Rate limit of pre-copy in MiB/s; 0 = none.
     pub precopy_mib_s: u32,
+    /// RAM of the shadow that is compared with the primary's, in MiB/s, 0 to 65,536 (R6); 0 = none.
+    pub audit_mib_s: u32,
 }
 
 impl Default for FtLimits {
@@ -98,6 +100,7 @@ impl Default for FtLimits {
             heartbeat_ms: 50,
             heartbeat_timeout_ms: 500,
             precopy_mib_s: 0,
+            audit_mib_s: 16,
         }
     }
 }
@@ -246,6 +249,8 @@ pub struct FtInfo {
     pub outputs_waiting: u64,
     /// Log-channel bytes sent (backup: received) in all.
     pub bytes_sent: u64,
+    /// RAM bytes of the shadow that were compared with the primary's, in all (R6).
+    pub audited_bytes: u64,
     /// Bytes that wait for the backup now.
     pub lag_bytes: u64,
     /// Share of the time the guest may run, percent; below 100 when it is slowed down.
@@ -283,6 +288,7 @@ impl FtInfo {
             held_outputs: FtStat::default(),
             outputs_waiting: 0,
             bytes_sent: 0,
+            audited_bytes: 0,
             lag_bytes: 0,
             run_percent: 100,
             detection_ms: None,
@@ -319,6 +325,9 @@ pub struct FtLimitsPatch {
     /// See [`FtLimits::precopy_mib_s`].
     #[serde(skip_serializing_if = "Option::is_none")]
     pub precopy_mib_s: Option<u32>,
+    /// See [`FtLimits::audit_mib_s`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub audit_mib_s: Option<u32>,
 }
 
 impl FtLimitsPatch {
@@ -332,6 +341,7 @@ impl FtLimitsPatch {
             heartbeat_ms: self.heartbeat_ms.unwrap_or(limits.heartbeat_ms),
             heartbeat_timeout_ms: self.heartbeat_timeout_ms.unwrap_or(limits.heartbeat_timeout_ms),
             precopy_mib_s: self.precopy_mib_s.unwrap_or(limits.precopy_mib_s),
+            audit_mib_s: self.audit_mib_s.unwrap_or(limits.audit_mib_s),
         }
     }
 }
@@ -371,6 +381,7 @@ impl FtLimits {
             3 * self.heartbeat_ms,
             120_000,
         )?;
+        range("audit_mib_s", self.audit_mib_s, 0, 65_536)?;
         Ok(())
     }
 }

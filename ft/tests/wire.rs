@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used)]
 
+use ft::audit::PageSum;
 use ft::config::FtLimits;
 use ft::core::staging::Staging;
 use ft::machine::{DiskChange, DiskIdentity, Identity, Input, Output, PAGE_SIZE, PageRun, Refusal};
@@ -102,7 +103,7 @@ fn output() -> impl Strategy<Value = Output> {
 }
 
 fn marker() -> impl Strategy<Value = EndMarker> {
-    vec(any::<u64>(), 8).prop_map(|n| EndMarker {
+    vec(any::<u64>(), 9).prop_map(|n| EndMarker {
         epoch: n[0],
         pages: n[1],
         zero_pages: n[2],
@@ -111,6 +112,7 @@ fn marker() -> impl Strategy<Value = EndMarker> {
         outputs: n[5],
         state_len: n[6],
         age_ns: n[7],
+        audited: n[8],
     })
 }
 
@@ -132,6 +134,11 @@ fn frame() -> impl Strategy<Value = Frame> {
                 token,
                 limits,
             }))
+        }),
+        (any::<u64>(), vec((0u64..1 << 40, any::<u32>()), 1..40)).prop_map(|(epoch, sums)| {
+            let sum = |(page, crc)| PageSum { gpa: page * 4096, crc };
+            let sums = sums.into_iter().map(sum).collect();
+            Frame::Audit { epoch, sums }
         }),
         ".{0,40}".prop_map(Frame::Accept),
         (".{0,40}", ".{0,40}").prop_map(|(code, message)| Frame::Refuse(Refusal { code, message })),

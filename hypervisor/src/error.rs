@@ -19,6 +19,9 @@ pub enum Error {
     /// This host lacks something.
     #[error("this host's KVM has no {0}")]
     Missing(&'static str),
+    /// Pages may have been written without being logged: logging must be started anew.
+    #[error("KVM's log of written pages is incomplete: it was interrupted when it was read")]
+    DirtyLog,
     /// The guest did something that KVM cannot carry on from.
     #[error("the guest cannot run on: {0}")]
     Guest(String),

@@ -3,12 +3,13 @@
 #![allow(clippy::unwrap_used)]
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use hypervisor::kvm::KvmHypervisor;
 use hypervisor::{BootRegisters, DirtyBitmap, Hypervisor, MemorySlot, PAGE_SIZE, Vcpu, VcpuExit, Vm, VmOptions};
 
-const RAM: u64 = 4 << 20;
+const RAM: u64 = 8 << 20;
 const CODE: u64 = 0x1000;
 const FIRST_PAGE: u64 = 0x10_0000;
 const PAGES: u8 = 16;
@@ -24,6 +25,19 @@ const PROGRAM: [u8; 25] = [
     0xeb, 0xfc, // jmp to the out
 ];
 
+/// Counts up in the first word of each page from 1 MiB to the end of RAM, for ever, with a pause after each: a KVM that
+/// emulates this code looks at its ring only once in some thousand instructions.
+const COUNTER: [u8; 30] = [
+    0xbf, 0x00, 0x00, 0x10, 0x00, // mov edi, 0x100000
+    0xff, 0x07, // inc dword [edi]
+    0xb9, 0x30, 0x00, 0x00, 0x00, // mov ecx, 48
+    0xe2, 0xfe, // loop to itself
+    0x81, 0xc7, 0x00, 0x10, 0x00, 0x00, // add edi, 0x1000
+    0x81, 0xff, 0x00, 0x00, 0x80, 0x00, // cmp edi, 0x800000
+    0x75, 0xe9, // jne to the inc
+    0xeb, 0xe2, // jmp to the start
+];
+
 struct Machine {
     vm: Arc<dyn Vm>,
     vcpu: Box<dyn Vcpu>,
@@ -32,6 +46,10 @@ struct Machine {
 
 impl Machine {
     fn new(options: VmOptions) -> Self {
+        Self::with_program(options, &PROGRAM)
+    }
+
+    fn with_program(options: VmOptions, program: &[u8]) -> Self {
         let hypervisor = KvmHypervisor::new().expect("this test needs /dev/kvm");
         let vm = hypervisor.create_vm(options).unwrap();
         // SAFETY: a fresh anonymous mapping.
@@ -48,7 +66,7 @@ impl Machine {
         assert_ne!(ram, libc::MAP_FAILED);
         let ram: *mut u8 = ram.cast();
         // SAFETY: CODE lies within the mapping, which nobody else uses yet.
-        unsafe { std::ptr::copy_nonoverlapping(PROGRAM.as_ptr(), ram.add(CODE as usize), PROGRAM.len()) };
+        unsafe { std::ptr::copy_nonoverlapping(program.as_ptr(), ram.add(CODE as usize), program.len()) };
         let slot = MemorySlot {
             slot: 0,
             guest_addr: 0,
@@ -144,6 +162,77 @@ fn dirty_ring_sees_every_written_page_once_per_harvest() {
             "a ring on a host without it must be refused"
         );
     }
+}
+
+/// A kick that comes while a full ring is being collected makes KVM drop pages from its log (see `kvm::dirty`).
+#[test]
+fn r2_a_vcpu_that_is_kicked_all_the_time_loses_no_page_of_a_full_ring() {
+    let hypervisor = KvmHypervisor::new().expect("this test needs /dev/kvm");
+    if !hypervisor.capabilities().dirty_ring {
+        return;
+    }
+    let options = VmOptions {
+        dirty_ring_entries: 1024,
+    };
+    let mut machine = Machine::with_program(options, &COUNTER);
+    let kicker = machine.vcpu.kicker();
+    let done = Arc::new(AtomicBool::new(false));
+    let kicks = {
+        let (kicker, done) = (kicker.clone(), done.clone());
+        std::thread::spawn(move || {
+            while !done.load(Ordering::SeqCst) {
+                kicker.kick();
+                std::thread::sleep(Duration::from_micros(10));
+            }
+        })
+    };
+    let word = |page: u64| {
+        // SAFETY: within the mapping; the vCPU, driven by this thread, stands still.
+        unsafe {
+            machine
+                .ram
+                .add((page * PAGE_SIZE) as usize)
+                .cast::<u32>()
+                .read_volatile()
+        }
+    };
+    let counted = || {
+        (FIRST_PAGE / PAGE_SIZE..RAM / PAGE_SIZE)
+            .map(word)
+            .collect::<Vec<u32>>()
+    };
+    machine.vm.start_dirty_log().unwrap();
+    let mut known = counted();
+    for round in 0..30 {
+        let mut full = 0;
+        while full < 3 {
+            match machine.vcpu.run().unwrap() {
+                VcpuExit::Interrupted => kicker.clear(),
+                VcpuExit::Again => full += 1,
+                other => panic!("{other:?}"),
+            }
+        }
+        let logged = pages(&machine.vm.harvest_dirty().unwrap());
+        let now = counted();
+        for page in logged {
+            if let Some(at) = page.checked_sub(FIRST_PAGE / PAGE_SIZE) {
+                known[at as usize] = now[at as usize];
+            }
+        }
+        let bad: Vec<_> = known
+            .iter()
+            .zip(&now)
+            .enumerate()
+            .filter(|(_, (k, n))| k != n)
+            .map(|(i, (k, n))| (i, *k, *n))
+            .collect();
+        if known != now {
+            eprintln!("{} {bad:?} first {:?}", bad.len(), &now[..3]);
+        }
+        assert!(known == now, "a page was written and is not in the log, round {round}");
+    }
+    done.store(true, Ordering::SeqCst);
+    kicks.join().unwrap();
 }
 
 #[test]

@@ -14,6 +14,7 @@ pub const LIMITS: &[&str] = &[
     "heartbeat_ms",
     "heartbeat_timeout_ms",
     "precopy_mib_s",
+    "audit_mib_s",
 ];
 
 /// `--ft-receive listen=tcp:HOST:PORT,arbiter=file:DIR,insecure=on`
@@ -73,6 +74,7 @@ pub fn limits<S: AsRef<str>>(settings: &[S]) -> Result<FtLimitsPatch, OptionErro
         heartbeat_ms: options.take("heartbeat_ms")?,
         heartbeat_timeout_ms: options.take("heartbeat_timeout_ms")?,
         precopy_mib_s: options.take("precopy_mib_s")?,
+        audit_mib_s: options.take("audit_mib_s")?,
     })
 }
 

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::session::Session;
+use crate::audit;
 use crate::core::Nanos;
 use crate::core::backup::Event;
 use crate::core::staging::StagedEpoch;
@@ -86,7 +87,7 @@ fn apply(shadow: &mut dyn Shadow, staged: &StagedEpoch) -> Result<(), MachineErr
     for (disk, change) in &staged.disk {
         shadow.apply_disk(*disk, change)?;
     }
-    Ok(())
+    audit::compare(shadow, &staged.audit)
 }
 
 const ZERO_PAGES: usize = 16;

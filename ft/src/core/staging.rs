@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 
 use thiserror::Error;
 
+use crate::audit::PageSum;
 use crate::machine::{DiskChange, Identity, Input, Output, PAGE_SIZE, PageRun};
 use crate::wire::frame::EndMarker;
 
@@ -88,6 +89,8 @@ pub struct StagedEpoch {
     pub inputs: Vec<Input>,
     /// Outputs that the primary holds, in order.
     pub outputs: Vec<Output>,
+    /// Checksums that pages of the shadow must have when it is applied.
+    pub audit: Vec<PageSum>,
     /// The saved state at its end.
     pub state: Vec<u8>,
     /// Nanoseconds from the checkpoint to the sending of its end marker.
@@ -270,6 +273,22 @@ impl Staging {
         Ok(())
     }
 
+    /// Checksums of pages.
+    pub fn audit(&mut self, epoch: u64, sums: Vec<PageSum>) -> Result<(), StagingError> {
+        for sum in &sums {
+            let (gpa, count) = (sum.gpa, 1);
+            self.check_pages(&[PageRun { gpa, count }])?;
+        }
+        let limit = self.pages_limit;
+        let staged = self.epoch(epoch)?;
+        if (staged.audit.len() + sums.len()) as u64 > limit {
+            let what = "audited pages";
+            return Err(StagingError::TooMuch { epoch, what });
+        }
+        staged.audit.extend(sums);
+        Ok(())
+    }
+
     /// A piece of the saved state.
     pub fn state(&mut self, epoch: u64, data: &[u8]) -> Result<(), StagingError> {
         let staged = self.epoch(epoch)?;
@@ -296,6 +315,7 @@ impl Staging {
             ("disk changes", staged.disk.len() as u64, marker.disk),
             ("inputs", staged.inputs.len() as u64, marker.inputs),
             ("outputs", staged.output_count, marker.outputs),
+            ("audited pages", staged.audit.len() as u64, marker.audited),
             ("state bytes", staged.state.len() as u64, marker.state_len),
         ] {
             if found != expected {

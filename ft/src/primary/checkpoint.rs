@@ -90,6 +90,7 @@ impl Controller {
                 },
             );
         }
+        let sums = self.auditor.settle(|gpa| self.stage.contains(gpa));
         if lock(&session.core).sends() {
             let state = state()?;
             self.state_len = state.len() as u64;
@@ -97,21 +98,32 @@ impl Controller {
                 epoch: cut.epoch,
                 disk,
                 inputs,
+                audited: sums.len() as u64,
                 state_len: self.state_len,
                 ..Default::default()
             };
-            self.send(marker, &state, taken, cut.logged)?;
+            let mut frames = frame::audit(cut.epoch, &sums);
+            frames.extend(frame::state(cut.epoch, &state));
+            self.send(marker, frames, taken, cut.logged)?;
+            let rate = lock(&session.limits).audit_mib_s;
+            self.auditor.look(machine.as_ref(), rate)?;
         }
         Ok(())
     }
 
-    fn send(&mut self, mut marker: EndMarker, state: &[u8], taken: Instant, logged: u64) -> io::Result<()> {
+    fn send(
+        &mut self,
+        mut marker: EndMarker,
+        frames: Vec<OutFrame<'_>>,
+        taken: Instant,
+        logged: u64,
+    ) -> io::Result<()> {
         let session = self.session.clone();
         let outbox = &session.outbox;
         let outputs = session.interposer.sealed_outputs(marker.epoch, FRAME_CAP);
         let (mut burst, count) = frame::outputs(marker.epoch, &outputs);
         marker.outputs = count;
-        burst.extend(frame::state(marker.epoch, state));
+        burst.extend(frames);
         let mut sent = logged;
         let size = |burst: &[OutFrame<'_>]| burst.iter().map(|frame| frame.size() as u64).sum::<u64>();
         // A small epoch leaves in one write; the pages of a large one go out while the next are being encoded.
@@ -131,7 +143,7 @@ impl Controller {
         burst.extend(encode(&Frame::End(marker)));
         let telling = {
             let mut metrics = lock(&session.metrics);
-            metrics.sent(marker.epoch, sent + size(&burst));
+            metrics.sent(marker.epoch, sent + size(&burst), marker.audited);
             metrics.take_telling()
         };
         if let Some((bytes, took)) = telling {

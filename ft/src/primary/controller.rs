@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use super::precopy;
 use super::session::{Session, lock};
 use super::stage::Stage;
+use crate::audit::Auditor;
 use crate::core::ms;
 use crate::core::primary::{Action, Event};
 use crate::machine::{MachineError, Output, PageRun};
@@ -22,6 +23,7 @@ pub(super) struct Controller {
     pub(super) session: Arc<Session>,
     pub(super) encoder: PageEncoder,
     pub(super) stage: Stage,
+    pub(super) auditor: Auditor,
     /// What was written last, while it is being copied.
     pub(super) runs: Vec<PageRun>,
     /// Pages written per second in the last epoch.
@@ -50,6 +52,7 @@ pub(super) fn run(session: &Arc<Session>) {
         session: session.clone(),
         encoder: PageEncoder::default(),
         stage: Stage::new(),
+        auditor: Auditor::new(&session.identity.memory),
         runs: Vec::new(),
         dirty_rate: 0.0,
         state_len: 0,

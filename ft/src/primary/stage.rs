@@ -64,6 +64,12 @@ impl Stage {
         self.pages
     }
 
+    /// Whether the page at `gpa` is one of them.
+    pub(super) fn contains(&self, gpa: u64) -> bool {
+        let at = self.places.partition_point(|(run, _)| end(run) <= gpa);
+        self.places.get(at).is_some_and(|(run, _)| run.gpa <= gpa)
+    }
+
     /// The pages and their content.
     pub(super) fn content(&mut self) -> (&[PageRun], &mut [u8]) {
         (&self.runs, &mut self.bytes[..self.pages as usize * PAGE_SIZE])
@@ -167,6 +173,10 @@ mod tests {
         }
         assert_eq!(content.next(), None);
         assert_eq!(found, expected);
+        for page in 0..100 {
+            let gpa = page * PAGE_SIZE as u64;
+            assert_eq!(stage.contains(gpa), expected.contains_key(&gpa));
+        }
     }
 
     #[test]

@@ -5,6 +5,7 @@ use serde::de::DeserializeOwned;
 
 use super::frame::{DISK_FLUSH, DISK_UNMAP, DISK_WRITE, DISK_ZERO, Frame, Kind, OUTPUT_CONSOLE, OUTPUT_FRAME};
 use super::{DecodeError, MAX_PAYLOAD, MAX_PIECE, header};
+use crate::audit::PageSum;
 use crate::config::FtLimits;
 use crate::machine::{DiskChange, Input, Output, PAGE_SIZE, PageRun};
 
@@ -188,6 +189,26 @@ fn outputs(payload: &[u8]) -> Result<Frame, DecodeError> {
     Ok(Frame::Outputs { epoch, outputs })
 }
 
+fn audit(payload: &[u8]) -> Result<Frame, DecodeError> {
+    let mut prefix = Prefix {
+        kind: "audit",
+        rest: payload,
+    };
+    let epoch = prefix.u64()?;
+    let mut sums = Vec::with_capacity(prefix.rest.len() / 12);
+    while !prefix.rest.is_empty() {
+        let sum = PageSum {
+            gpa: prefix.u64()?,
+            crc: prefix.u32()?,
+        };
+        if !sum.gpa.is_multiple_of(PAGE_SIZE as u64) {
+            return Err(bad("audit", "has an address that is no page's"));
+        }
+        sums.push(sum);
+    }
+    Ok(Frame::Audit { epoch, sums })
+}
+
 /// Decodes a payload.
 pub fn decode(kind: u8, flags: u8, payload: Vec<u8>) -> Result<Frame, DecodeError> {
     let known = Kind::from_byte(kind).ok_or(DecodeError::Kind(kind))?;
@@ -251,5 +272,6 @@ pub fn decode(kind: u8, flags: u8, payload: Vec<u8>) -> Result<Frame, DecodeErro
         }
         Kind::Bye => owned("bye", &payload).map(Frame::Bye),
         Kind::Limits => limits(&payload).map(Frame::Limits),
+        Kind::Audit => audit(&payload),
     }
 }

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::hello::Hello;
 use super::{MAX_PIECE, header};
+use crate::audit::PageSum;
 use crate::config::FtLimits;
 use crate::machine::{DiskChange, Input, Output, PageRun, Refusal};
 
@@ -54,13 +55,15 @@ pub enum Kind {
     Bye = 18,
     /// Limits changed.
     Limits = 19,
+    /// Checksums of pages that the epoch leaves as they were.
+    Audit = 20,
 }
 
 impl Kind {
     /// From the header.
     pub fn from_byte(byte: u8) -> Option<Self> {
         use Kind::*;
-        const ALL: [Kind; 19] = [
+        const ALL: [Kind; 20] = [
             Heartbeat,
             Hello,
             Accept,
@@ -80,6 +83,7 @@ impl Kind {
             HandoverFailed,
             Bye,
             Limits,
+            Audit,
         ];
         ALL.into_iter().find(|kind| *kind as u8 == byte)
     }
@@ -100,6 +104,8 @@ pub struct EndMarker {
     pub inputs: u64,
     /// Outputs.
     pub outputs: u64,
+    /// Checksums of pages.
+    pub audited: u64,
     /// Bytes of saved state.
     pub state_len: u64,
     /// Nanoseconds from the checkpoint to the sending of this frame.
@@ -186,6 +192,13 @@ pub enum Frame {
     Bye(String),
     /// Limits changed.
     Limits(FtLimits),
+    /// Checksums of pages of the primary, as they are at the end of the epoch.
+    Audit {
+        /// Epoch.
+        epoch: u64,
+        /// The checksums.
+        sums: Vec<PageSum>,
+    },
 }
 
 /// A frame to be sent: `head` and `body` make the payload.
@@ -271,6 +284,20 @@ fn run_list(epoch: u64, runs: &[PageRun]) -> Vec<u8> {
 /// RAM pages that are zero.
 pub fn zero_pages(epoch: u64, runs: &[PageRun]) -> OutFrame<'static> {
     OutFrame::new(Kind::ZeroPages, 0, run_list(epoch, runs), Cow::Borrowed(&[]))
+}
+
+/// Checksums of pages, in as many frames as they need.
+pub fn audit(epoch: u64, sums: &[PageSum]) -> Vec<OutFrame<'static>> {
+    let part = |sums: &[PageSum]| {
+        let mut head = Vec::with_capacity(8 + 12 * sums.len());
+        head.extend_from_slice(&epoch.to_le_bytes());
+        for sum in sums {
+            head.extend_from_slice(&sum.gpa.to_le_bytes());
+            head.extend_from_slice(&sum.crc.to_le_bytes());
+        }
+        OutFrame::new(Kind::Audit, 0, head, Cow::Borrowed(&[]))
+    };
+    sums.chunks(MAX_PIECE / 12).map(part).collect()
 }
 
 /// An input frame.
@@ -397,5 +424,6 @@ pub fn encode(frame: &Frame) -> Vec<OutFrame<'static>> {
         }
         Frame::Bye(reason) => one(OutFrame::postcard(Kind::Bye, reason)),
         Frame::Limits(limits) => one(OutFrame::postcard(Kind::Limits, limits)),
+        Frame::Audit { epoch, sums } => audit(*epoch, sums),
     }
 }

@@ -149,6 +149,12 @@ impl FakeVm {
         self.run(|vm| vm.poke(gpa, data)).is_some()
     }
 
+    /// A write that the log of written pages misses.
+    pub fn write_unlogged(&self, gpa: u64, data: &[u8]) {
+        let at = self.offset(gpa, data.len()).unwrap();
+        self.run(|vm| lock(&vm.contents).ram[at..at + data.len()].copy_from_slice(data));
+    }
+
     /// The guest counts and sends the new value.
     pub fn count_and_send(&self) -> Option<u64> {
         self.run(|vm| {

@@ -3,11 +3,17 @@
 //! A ring belongs to its vCPU; whoever harvests collects all rings under one mutex into `words`, one bitmap per slot,
 //! and lets KVM protect the collected pages again. vCPUs whose ring is full collect by themselves and run on, so
 //! nothing outside of the backend knows which of the two logs is in use.
+//!
+//! Since Linux 6.16, KVM_RESET_DIRTY_RINGS stops early when a signal is pending, and forgets up to 64 pages that it has
+//! taken out of the ring by then: they stay writable and are never logged again. A kicked vCPU whose ring is full is such
+//! a case. So signals are blocked meanwhile, and every collected page must be in the count that KVM returns; if one is
+//! not, the log is incomplete, and says so until logging is started anew.
 
 use std::collections::BTreeMap;
+use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use kvm_bindings::{KVM_DIRTY_LOG_PAGE_OFFSET, kvm_dirty_gfn};
 use kvm_ioctls::{VcpuFd, VmFd};
@@ -46,7 +52,7 @@ impl Ring {
             )
         };
         if entries == libc::MAP_FAILED {
-            let source = std::io::Error::last_os_error();
+            let source = io::Error::last_os_error();
             return Err(Error::Ioctl {
                 what: "map a dirty ring",
                 source,
@@ -92,6 +98,32 @@ impl Drop for Ring {
 struct State {
     rings: Vec<Ring>,
     words: BTreeMap<u32, Vec<u64>>,
+    /// Entries collected that KVM did not take back yet.
+    open: u32,
+    /// Pages may be written without being logged.
+    incomplete: bool,
+}
+
+/// All signals of this thread are blocked as long as it lives; none is lost.
+struct BlockedSignals(libc::sigset_t);
+
+impl BlockedSignals {
+    fn new() -> Self {
+        // SAFETY: all-zero sets are valid and are filled by the calls; the mask is this thread's own.
+        unsafe {
+            let (mut all, mut old): (libc::sigset_t, libc::sigset_t) = std::mem::zeroed();
+            libc::sigfillset(&mut all);
+            libc::pthread_sigmask(libc::SIG_SETMASK, &all, &mut old);
+            Self(old)
+        }
+    }
+}
+
+impl Drop for BlockedSignals {
+    fn drop(&mut self) {
+        // SAFETY: the mask that this thread had; the value is not sent to another thread.
+        unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &self.0, std::ptr::null_mut()) };
+    }
 }
 
 /// The rings of all vCPUs of a VM.
@@ -123,25 +155,23 @@ impl Rings {
     /// Maps the ring of a new vCPU.
     pub(super) fn add(&self, vcpu: &VcpuFd) -> Result<()> {
         let ring = Ring::map(vcpu, self.entries)?;
-        self.state
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .rings
-            .push(ring);
+        self.state().rings.push(ring);
         Ok(())
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Moves all reported pages to the bitmaps and lets KVM log them anew.
     pub(super) fn collect(&self) -> Result<()> {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        self.collect_locked(&mut state)
+        self.collect_locked(&mut self.state())
     }
 
     fn collect_locked(&self, state: &mut State) -> Result<()> {
-        let State { rings, words } = state;
-        let mut taken = 0;
+        let State { rings, words, open, .. } = state;
         for ring in rings {
-            taken += ring.collect(|slot, page| {
+            *open += ring.collect(|slot, page| {
                 let words = words.entry(slot).or_default();
                 let (word, bit) = ((page / 64) as usize, page % 64);
                 if words.len() <= word {
@@ -150,24 +180,41 @@ impl Rings {
                 words[word] |= 1 << bit;
             });
         }
-        if taken == 0 {
+        if state.open == 0 {
             return Ok(());
         }
+        let blocked = BlockedSignals::new();
         // SAFETY: the ioctl has no argument; `vm` is this struct's own descriptor.
-        if unsafe { libc::ioctl(self.vm.as_raw_fd(), KVM_RESET_DIRTY_RINGS()) } < 0 {
-            let source = std::io::Error::last_os_error();
+        let reset = unsafe { libc::ioctl(self.vm.as_raw_fd(), KVM_RESET_DIRTY_RINGS()) };
+        let source = io::Error::last_os_error();
+        drop(blocked);
+        if reset < 0 && source.kind() != io::ErrorKind::Interrupted {
             return Err(Error::Ioctl {
                 what: "reset the dirty rings",
                 source,
             });
         }
+        state.open = state.open.saturating_sub(u32::try_from(reset).unwrap_or(0));
+        state.incomplete |= state.open > 0;
+        Ok(())
+    }
+
+    /// Forgets what was logged. Every page was just protected anew.
+    pub(super) fn restart(&self) -> Result<()> {
+        let mut state = self.state();
+        self.collect_locked(&mut state)?;
+        state.words.clear();
+        state.incomplete = false;
         Ok(())
     }
 
     /// Collects, then takes the bitmaps of `slots`.
     pub(super) fn take<'a>(&self, slots: impl Iterator<Item = &'a MemorySlot>) -> Result<Vec<DirtyBitmap>> {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = self.state();
         self.collect_locked(&mut state)?;
+        if state.incomplete {
+            return Err(Error::DirtyLog);
+        }
         let mut words = std::mem::take(&mut state.words);
         Ok(slots
             .map(|s| {

@@ -133,7 +133,10 @@ impl Vm for KvmVm {
     fn start_dirty_log(&self) -> Result<()> {
         self.log(true)?;
         // What was collected in an earlier round of logging does not count.
-        self.harvest_dirty().map(|_| ())
+        match &self.rings {
+            Some(rings) => rings.restart(),
+            None => self.harvest_dirty().map(|_| ()),
+        }
     }
 
     fn stop_dirty_log(&self) -> Result<()> {

@@ -88,6 +88,7 @@ pub fn table(info: &FtInfo) {
         "bytes sent"
     };
     row(sent, &bytes(info.bytes_sent as f64));
+    row("RAM audited", &bytes(info.audited_bytes as f64));
     row("lag", &bytes(info.lag_bytes as f64));
     row("guest may run", &format!("{} % of the time", info.run_percent));
     for (name, value) in [
@@ -109,11 +110,12 @@ pub fn limits(limits: &FtLimits) {
     row("max_lag_mib", &format!("{} MiB", limits.max_lag_mib));
     row("heartbeat_ms", &format!("{} ms", limits.heartbeat_ms));
     row("heartbeat_timeout_ms", &format!("{} ms", limits.heartbeat_timeout_ms));
-    let rate = match limits.precopy_mib_s {
-        0 => "0 (no limit)".to_string(),
+    let rate = |rate: u32, none: &str| match rate {
+        0 => format!("0 ({none})"),
         rate => format!("{rate} MiB/s"),
     };
-    row("precopy_mib_s", &rate);
+    row("precopy_mib_s", &rate(limits.precopy_mib_s, "no limit"));
+    row("audit_mib_s", &rate(limits.audit_mib_s, "none"));
 }
 
 #[cfg(test)]
