@@ -1,5 +1,7 @@
 //! Faults of processes, log channel, arbiter and disk.
 
+use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -70,6 +72,16 @@ pub fn all() -> Vec<Case> {
             "link-slow",
             "protection goes on over 50 ms delay, 10 Mbit/s, 1 % late by a retransmission",
             link_slow,
+        ),
+        case(
+            "link-slow-all-loads",
+            "the same with more than the link carries: the guest is slowed down",
+            link_too_slow,
+        ),
+        case(
+            "bit-flip-in-shadow-ram",
+            "the audit names the page, the primary goes on unprotected",
+            shadow_ram_flipped,
         ),
         case(
             "bit-flip-to-backup",
@@ -228,15 +240,22 @@ fn link(fault: impl Fn(&Proxied)) -> Outcome {
 }
 
 fn link_slow(_: &Counts) -> Outcome {
-    // What the guest writes must fit through the link, or it is slowed down until it does.
+    // What the guest writes fits through the link.
     let (kv, echo, dirty) = (1, 2, (100, 50));
-    let light = loads::Options {
+    over_slow_link(&loads::Options {
         kv,
         echo,
         dirty,
         ..loads::Options::none()
-    };
-    let mut p = Proxied::prepared(options(), &light, |_| Ok(()))?;
+    })
+}
+
+fn link_too_slow(_: &Counts) -> Outcome {
+    over_slow_link(&loads::Options::everything(1))
+}
+
+fn over_slow_link(load: &loads::Options) -> Outcome {
+    let mut p = Proxied::prepared(options(), load, |_| Ok(()))?;
     for direction in [p.proxy.forward(), p.proxy.back()] {
         direction.delay(ms(50));
         direction.late_one_in(100);
@@ -252,13 +271,60 @@ fn link_slow(_: &Counts) -> Outcome {
         ("added_latency_ms", figure("added_latency_ms")),
         ("epoch_ms", figure("epoch_ms")),
         ("run_percent", info["run_percent"].as_f64().unwrap_or_default()),
+        (
+            "audited_mib",
+            info["audited_bytes"].as_f64().unwrap_or_default() / (1 << 20) as f64,
+        ),
     ];
     // Nothing that is under way is lost when the primary dies.
     failover::kill(&mut p.primary, &mut p.backup, &p.loads)?;
     p.loads.verify(&p.backup.disk)?;
+    let seconds = start.elapsed().as_secs();
     Ok((
-        format!("protected for 5 s, then taken over, {}", finish(&mut p)?),
+        format!("protected for {seconds} s, then taken over, {}", finish(&mut p)?),
         figures,
+    ))
+}
+
+/// An address in the middle of the guest RAM of a VMM: its largest mapping.
+fn middle_of_ram(host: &Host) -> Result<u64> {
+    let maps = std::fs::read_to_string(format!("/proc/{}/maps", host.vmm.pid()))?;
+    let ranges = maps.lines().filter_map(|line| {
+        let (start, end) = line.split_once(' ')?.0.split_once('-')?;
+        Some((u64::from_str_radix(start, 16).ok()?, u64::from_str_radix(end, 16).ok()?))
+    });
+    let (start, end) = ranges.max_by_key(|(start, end)| end - start).context("no mappings")?;
+    Ok(start + (end - start) / 2)
+}
+
+fn shadow_ram_flipped(_: &Counts) -> Outcome {
+    let mut p = pair()?;
+    p.primary.vmm.remote(&["ft", "config", "audit_mib_s=512"])?;
+    let address = middle_of_ram(&p.backup)?;
+    let memory = File::options()
+        .read(true)
+        .write(true)
+        .open(format!("/proc/{}/mem", p.backup.vmm.pid()))?;
+    let mut byte = [0];
+    memory.read_exact_at(&mut byte, address)?;
+    memory.write_all_at(&[byte[0] ^ 4], address)?;
+    let moment = Instant::now();
+    p.backup.vmm.wait_ft_state("failed", LIMIT)?;
+    let found_ms = moment.elapsed().as_secs_f64() * 1e3;
+    p.primary.vmm.wait_ft_state("failed", LIMIT)?;
+    let reason = p.primary.vmm.ft_info()?["reason"]
+        .as_str()
+        .unwrap_or_default()
+        .to_string();
+    ensure!(
+        reason.contains("audit: the RAM page at 0x"),
+        "R6: the reason does not name it: {reason}"
+    );
+    failover::after(moment, &mut p.primary, &p.loads)?;
+    p.loads.verify(&p.primary.disk)?;
+    Ok((
+        format!("primary runs on, {}; `{reason}`", finish(&mut p)?),
+        vec![("found_ms", found_ms)],
     ))
 }
 
