@@ -29,6 +29,21 @@ pub struct FtReceiveConfig {
     /// Allow plain TCP beyond loopback.
     #[serde(default)]
     pub insecure: bool,
+    /// Take only primaries that speak TLS.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tls: Option<FtTls>,
+}
+
+/// TLS of the log channel: certificates on both sides, TLS 1.3.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FtTls {
+    /// Directory with `ca.pem` (the authority that signed both sides), `cert.pem` and `key.pem` (this side's).
+    pub dir: PathBuf,
+    /// DNS name or IP address that the other side's certificate must be for. Default: on the primary, the host in
+    /// `peer`; on the backup, any that the authority signed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub peer: Option<String>,
 }
 
 /// This host's file for a disk.
@@ -63,6 +78,9 @@ pub struct FtEnableConfig {
     /// Allow plain TCP beyond loopback.
     #[serde(default)]
     pub insecure: bool,
+    /// Speak TLS.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tls: Option<FtTls>,
     /// Limits; can be changed later with vm.ft-config.
     #[serde(default)]
     pub limits: FtLimits,
@@ -214,6 +232,9 @@ pub struct FtInfo {
     /// The other side's address.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub peer: Option<String>,
+    /// How the log channel is protected: `TLS 1.3, ...`, `plain TCP` or `Unix socket`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub transport: Option<String>,
     /// Arbiter in use.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub arbiter: Option<String>,
@@ -271,6 +292,7 @@ impl FtInfo {
             role: FtRole::None,
             reason: None,
             peer: None,
+            transport: None,
             arbiter: None,
             generation: 0,
             epoch: 0,

@@ -1,7 +1,7 @@
 //! From a connection to a session, or to a refusal that says what differs.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::Shared;
 use super::session::{Session, SessionParts};
@@ -27,6 +27,14 @@ fn refuse(code: &str, message: impl Into<String>) -> Refusal {
 
 /// Reads the hello of a new connection and serves it, if it is a primary that we take.
 pub(super) fn greet(shared: &Arc<Shared>, stream: Stream, peer: &str) {
+    let deadline = Instant::now() + HELLO_TIMEOUT;
+    let stream = match &shared.tls {
+        None => stream,
+        Some(tls) => match stream.secure(tls, deadline) {
+            Ok(stream) => stream,
+            Err(e) => return log::warn!("ft: connection of {peer} dropped: no TLS: {e}"),
+        },
+    };
     let timeouts = stream
         .set_read_timeout(Some(HELLO_TIMEOUT))
         .and(stream.set_write_timeout(Some(HELLO_TIMEOUT)));
@@ -36,8 +44,15 @@ pub(super) fn greet(shared: &Arc<Shared>, stream: Stream, peer: &str) {
         Ok(outbox) => outbox,
         Err(e) => return log::warn!("ft: connection of {peer} dropped: {e}"),
     };
+    // Who sends a byte now and then keeps no place here.
+    let hang_up = stream.try_clone();
+    let mut heard = || {
+        if let (Ok(stream), true) = (&hang_up, Instant::now() >= deadline) {
+            stream.shutdown();
+        }
+    };
     let mut reader = FrameReader::new(stream);
-    let hello = match reader.next(&mut || ()) {
+    let hello = match reader.next(&mut heard) {
         Ok((_, Frame::Hello(hello))) => *hello,
         Ok((_, other)) => {
             let what: String = format!("{other:?}").chars().take(40).collect();
@@ -107,6 +122,7 @@ fn serve(
         hello,
         node,
         peer: peer.to_string(),
+        transport: reader.get_ref().describe(),
         arbiter,
         shadow,
         outbox,

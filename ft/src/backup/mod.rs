@@ -27,7 +27,7 @@ use crate::core::backup::Event;
 use crate::event::{EventSink, Status, announce};
 use crate::machine::ShadowHost;
 use crate::primary::session::lock;
-use crate::transport::{Address, Listener};
+use crate::transport::{Address, Listener, Security, tls};
 use session::Session;
 
 /// Longest wait for a session to end when it was told to.
@@ -37,6 +37,7 @@ const PATIENCE: Duration = Duration::from_secs(30);
 struct Shared {
     host: Arc<dyn ShadowHost>,
     config: FtReceiveConfig,
+    tls: Option<tls::Server>,
     address: Address,
     events: EventSink,
     slot: Mutex<Slot>,
@@ -69,7 +70,12 @@ pub fn receive(host: Arc<dyn ShadowHost>, config: FtReceiveConfig, events: Event
     if let Some(description) = &config.arbiter {
         arbiter::open(description)?;
     }
-    let listener = address.listen(config.insecure)?;
+    let security = Security {
+        insecure: config.insecure,
+        tls: config.tls.as_ref(),
+    };
+    let tls = config.tls.as_ref().map(tls::Server::new).transpose()?;
+    let listener = address.listen(security)?;
     let address = listener.address().map_err(|source| Error::Host {
         what: "ask for the listener's address",
         source,
@@ -83,6 +89,7 @@ pub fn receive(host: Arc<dyn ShadowHost>, config: FtReceiveConfig, events: Event
         waker,
         host,
         config,
+        tls,
         address,
         events,
         slot: Mutex::default(),

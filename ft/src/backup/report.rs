@@ -60,6 +60,7 @@ impl Session {
         (info.generation, info.epoch, info.committed) = (status.generation, status.epoch, status.committed);
         info.epochs_total = status.committed;
         info.peer = Some(self.peer.clone());
+        info.transport = Some(self.transport.clone());
         info.arbiter = Some(self.arbiter_description.clone());
         info.limits = lock(&self.limits).clone();
         let identity = &self.hello.identity;

@@ -11,7 +11,7 @@ use crate::config::FtEnableConfig;
 use crate::event::EventSink;
 use crate::machine::Protected;
 use crate::outbox::{Clock, Outbox, Stamp};
-use crate::transport::{Address, Stream};
+use crate::transport::{Address, Security, Stream};
 use crate::wire::frame::{Frame, encode};
 use crate::wire::hello::Hello;
 use crate::wire::reader::FrameReader;
@@ -103,7 +103,12 @@ pub(super) fn connect(
         token: token.clone(),
     };
 
-    let stream = address.connect(config.insecure, CONNECT_TIMEOUT)?;
+    let security = Security {
+        insecure: config.insecure,
+        tls: config.tls.as_ref(),
+    };
+    let stream = address.connect(security, CONNECT_TIMEOUT)?;
+    let transport = stream.describe();
     let failed = |reason: String| Error::Handshake {
         peer: config.peer.clone(),
         reason,
@@ -148,6 +153,7 @@ pub(super) fn connect(
         arbiter_description: description,
         node,
         peer: config.peer,
+        transport,
         generation,
         limits: config.limits,
         outbox,

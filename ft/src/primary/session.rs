@@ -37,6 +37,7 @@ pub struct SessionParts {
     pub(super) arbiter_description: String,
     pub(super) node: String,
     pub(super) peer: String,
+    pub(super) transport: String,
     pub(super) generation: u64,
     pub(super) limits: FtLimits,
     pub(super) outbox: Outbox,
@@ -89,6 +90,7 @@ pub struct Session {
     arbiter_description: String,
     node: String,
     peer: String,
+    transport: String,
     pub(super) core: Mutex<PrimaryState>,
     announced: Mutex<Option<Status>>,
     /// The VM was stopped for good. Only then the state says so: whoever reads `stopped` may count on it (R4).
@@ -138,6 +140,7 @@ impl Session {
                 arbiter_description: parts.arbiter_description,
                 node: parts.node,
                 peer: parts.peer,
+                transport: parts.transport,
                 core: Mutex::new(core),
                 announced: Mutex::new(None),
                 stopped: AtomicBool::new(false),
@@ -437,6 +440,7 @@ impl Session {
         (info.state, info.reason) = (status.state, status.reason);
         (info.generation, info.epoch, info.committed) = (status.generation, status.epoch, status.committed);
         info.peer = Some(self.peer.clone());
+        info.transport = Some(self.transport.clone());
         info.arbiter = Some(self.arbiter_description.clone());
         info.limits = lock(&self.limits).clone();
         (info.outputs_waiting, _) = self.interposer.waiting();

@@ -150,7 +150,7 @@ impl Bed {
         }
         let host = FakeHost::new();
         let events: Seen = Arc::default();
-        let backup = receive(&host, &dir, &events, None);
+        let backup = receive(&host, &dir, &events, |_| ());
         let relay = Relay::new(&backup.address());
         Self {
             dir,
@@ -182,6 +182,7 @@ impl Bed {
             peer: self.relay.address.clone(),
             arbiter: Some(format!("file:{}", self.arbiter("p").display())),
             insecure: false,
+            tls: None,
             limits: limits(),
         }
     }
@@ -209,11 +210,18 @@ impl Bed {
     }
 
     pub fn new_backup(&mut self) {
+        self.backup_with(|_| ());
+    }
+
+    /// A new backup of another configuration.
+    pub fn backup_with(&mut self, change: impl FnOnce(&mut FtReceiveConfig)) {
         if let Some(backup) = self.backup.take() {
             backup.shutdown();
         }
-        let backup = receive(&self.host, &self.dir, &self.events, None);
-        self.relay = Relay::new(&backup.address());
+        let backup = receive(&self.host, &self.dir, &self.events, change);
+        if backup.address().starts_with("tcp:") {
+            self.relay = Relay::new(&backup.address());
+        }
         self.backup = Some(backup);
     }
 
@@ -238,15 +246,22 @@ impl Bed {
     }
 }
 
-pub fn receive(host: &Arc<FakeHost>, dir: &tempfile::TempDir, events: &Seen, listen: Option<String>) -> Backup {
-    let config = FtReceiveConfig {
-        listen: listen.unwrap_or_else(|| "tcp:127.0.0.1:0".into()),
+fn receive(
+    host: &Arc<FakeHost>,
+    dir: &tempfile::TempDir,
+    events: &Seen,
+    change: impl FnOnce(&mut FtReceiveConfig),
+) -> Backup {
+    let mut config = FtReceiveConfig {
+        listen: "tcp:127.0.0.1:0".into(),
         arbiter: Some(format!("file:{}", dir.path().join("b").display())),
         disks: Vec::new(),
         net: Vec::new(),
         serial: None,
         console: None,
         insecure: false,
+        tls: None,
     };
+    change(&mut config);
     ft::receive(Arc::new(HostRef(host.clone())), config, sink("backup", events)).unwrap()
 }

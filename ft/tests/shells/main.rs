@@ -8,3 +8,4 @@ mod fake;
 mod loss;
 mod normal;
 mod refusal;
+mod tls;

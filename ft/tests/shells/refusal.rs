@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use ft::config::FtState;
 
-use crate::bed::{Bed, receive};
+use crate::bed::Bed;
 use crate::fake::{FakeVm, identity, lock};
 
 #[test]
@@ -124,7 +124,7 @@ fn bad_requests_are_named() {
 fn unix_sockets_carry_the_channel_too() {
     let mut bed = Bed::new(FakeVm::new(identity("vm")));
     let listen = format!("unix:{}", bed.dir.path().join("channel").display());
-    bed.backup = Some(receive(&bed.host, &bed.dir, &bed.events, Some(listen.clone())));
+    bed.backup_with(|config| config.listen.clone_from(&listen));
     let mut config = bed.config();
     config.peer = listen;
     bed.primary = Some(bed.try_enable(config).unwrap());

@@ -1,16 +1,21 @@
 //! Addresses and sockets of the log channel: `tcp:HOST:PORT` and `unix:PATH`.
 //!
-//! The channel carries a guest's whole memory, so plain TCP is refused beyond loopback unless the operator said
+//! The channel carries a guest's whole memory, so TCP beyond loopback is TLS ([`tls`]), unless the operator said
 //! `insecure`.
+
+pub mod tls;
 
 use std::io::{self, IoSlice, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use thiserror::Error;
+
+use crate::config::FtTls;
+use tls::TlsStream;
 
 /// Errors of addresses and connections.
 #[derive(Debug, Error)]
@@ -20,9 +25,31 @@ pub enum TransportError {
     BadAddress(String),
     /// Plain TCP to another host.
     #[error(
-        "{0} is not loopback and plain TCP would show the guest's memory to the network: add `insecure` on a trusted network"
+        "{0} is not loopback and plain TCP would show the guest's memory to the network: use TLS (`tls`), or `insecure` on a trusted network"
     )]
     Insecure(String),
+    /// TLS is for TCP.
+    #[error("{0}: TLS is for tcp:HOST:PORT; a Unix socket needs none")]
+    TlsNeedsTcp(String),
+    /// A certificate or key cannot be used.
+    #[error("TLS file {path}: {reason}")]
+    TlsFiles {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        reason: String,
+    },
+    /// No name of a certificate.
+    #[error("`{0}` is not a name that a certificate can have: use a DNS name or an IP address")]
+    TlsName(String),
+    /// The two sides did not agree.
+    #[error("no TLS with {address}: {source} (do both sides use it, with certificates of the same authority?)")]
+    Tls {
+        /// As given.
+        address: String,
+        /// What happened.
+        source: io::Error,
+    },
     /// The name has no address.
     #[error("cannot find the host of {address}: {source}")]
     Resolve {
@@ -52,7 +79,10 @@ pub enum TransportError {
 impl TransportError {
     /// The request itself is wrong, not the network.
     pub fn is_request_error(&self) -> bool {
-        matches!(self, Self::BadAddress(_) | Self::Insecure(_))
+        matches!(
+            self,
+            Self::BadAddress(_) | Self::Insecure(_) | Self::TlsNeedsTcp(_) | Self::TlsFiles { .. } | Self::TlsName(_)
+        )
     }
 
     /// Stable code for programs.
@@ -60,11 +90,22 @@ impl TransportError {
         match self {
             Self::BadAddress(_) => "ft_bad_address",
             Self::Insecure(_) => "ft_insecure",
+            Self::TlsNeedsTcp(_) | Self::TlsFiles { .. } | Self::TlsName(_) => "ft_tls_unusable",
+            Self::Tls { .. } => "ft_tls_failed",
             Self::Resolve { .. } => "ft_peer_unknown",
             Self::Connect { .. } => "ft_peer_unreachable",
             Self::Listen { .. } => "ft_cannot_listen",
         }
     }
+}
+
+/// How a connection is protected.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Security<'a> {
+    /// Plain TCP beyond loopback is allowed.
+    pub insecure: bool,
+    /// TCP is TLS.
+    pub tls: Option<&'a FtTls>,
 }
 
 /// A parsed address.
@@ -95,7 +136,7 @@ impl Address {
         Ok(Self::Tcp(tcp.to_string()))
     }
 
-    fn resolve(tcp: &str, insecure: bool) -> Result<Vec<SocketAddr>, TransportError> {
+    fn resolve(tcp: &str, security: Security<'_>) -> Result<Vec<SocketAddr>, TransportError> {
         let address = format!("tcp:{tcp}");
         let found: Vec<SocketAddr> = tcp
             .to_socket_addrs()
@@ -104,27 +145,44 @@ impl Address {
                 source,
             })?
             .collect();
-        if !insecure && found.iter().any(|a| !a.ip().is_loopback()) {
+        if !security.insecure && security.tls.is_none() && found.iter().any(|a| !a.ip().is_loopback()) {
             return Err(TransportError::Insecure(address));
         }
         Ok(found)
     }
 
-    /// Connects; gives up after `timeout`.
-    pub fn connect(&self, insecure: bool, timeout: Duration) -> Result<Stream, TransportError> {
+    /// Name or address of the host, without port.
+    fn host(tcp: &str) -> &str {
+        tcp.rsplit_once(':').map_or(tcp, |(host, _)| host)
+    }
+
+    /// Connects; gives up after `timeout` (for connecting, and again for the TLS handshake).
+    pub fn connect(&self, security: Security<'_>, timeout: Duration) -> Result<Stream, TransportError> {
         let failed = |source| TransportError::Connect {
             address: self.to_string(),
             source,
         };
         match self {
+            Self::Unix(_) if security.tls.is_some() => Err(TransportError::TlsNeedsTcp(self.to_string())),
             Self::Unix(path) => Ok(Stream::Unix(UnixStream::connect(path).map_err(failed)?)),
             Self::Tcp(tcp) => {
+                let tls = security
+                    .tls
+                    .map(|tls| tls::Client::new(tls, Self::host(tcp)))
+                    .transpose()?;
                 let mut last = io::Error::from(io::ErrorKind::AddrNotAvailable);
-                for addr in Self::resolve(tcp, insecure)? {
+                for addr in Self::resolve(tcp, security)? {
                     match TcpStream::connect_timeout(&addr, timeout) {
                         Ok(stream) => {
                             stream.set_nodelay(true).map_err(failed)?;
-                            return Ok(Stream::Tcp(stream));
+                            let Some(tls) = tls else {
+                                return Ok(Stream::Tcp(stream));
+                            };
+                            let secured = tls.connect(stream, Instant::now() + timeout);
+                            return secured.map(Stream::Tls).map_err(|source| TransportError::Tls {
+                                address: self.to_string(),
+                                source,
+                            });
                         }
                         Err(e) => last = e,
                     }
@@ -134,13 +192,14 @@ impl Address {
         }
     }
 
-    /// Listens.
-    pub fn listen(&self, insecure: bool) -> Result<Listener, TransportError> {
+    /// Listens. What is accepted is plain until [`Stream::secure`] was called.
+    pub fn listen(&self, security: Security<'_>) -> Result<Listener, TransportError> {
         let failed = |source| TransportError::Listen {
             address: self.to_string(),
             source,
         };
         match self {
+            Self::Unix(_) if security.tls.is_some() => Err(TransportError::TlsNeedsTcp(self.to_string())),
             Self::Unix(path) => {
                 remove_dead_socket(path);
                 let listener = UnixListener::bind(path).map_err(failed)?;
@@ -148,7 +207,7 @@ impl Address {
                 Ok(Listener::Unix(listener, path.clone()))
             }
             Self::Tcp(tcp) => {
-                let found = Self::resolve(tcp, insecure)?;
+                let found = Self::resolve(tcp, security)?;
                 let listener = TcpListener::bind(&found[..]).map_err(failed)?;
                 listener.set_nonblocking(true).map_err(failed)?;
                 Ok(Listener::Tcp(listener))
@@ -233,15 +292,35 @@ impl Drop for Listener {
 pub enum Stream {
     /// TCP.
     Tcp(TcpStream),
+    /// TLS on TCP.
+    Tls(TlsStream),
     /// Unix socket.
     Unix(UnixStream),
 }
 
 impl Stream {
+    /// The accepted connection as TLS; gives up at `deadline`. Blocks.
+    pub fn secure(self, tls: &tls::Server, deadline: Instant) -> io::Result<Self> {
+        match self {
+            Self::Tcp(socket) => tls.accept(socket, deadline).map(Self::Tls),
+            other => Ok(other),
+        }
+    }
+
+    /// How it is protected, for `ft info`.
+    pub fn describe(&self) -> String {
+        match self {
+            Self::Tcp(_) => "plain TCP".into(),
+            Self::Tls(s) => s.describe(),
+            Self::Unix(_) => "Unix socket".into(),
+        }
+    }
+
     /// A second handle of the same connection.
     pub fn try_clone(&self) -> io::Result<Self> {
         match self {
             Self::Tcp(s) => s.try_clone().map(Self::Tcp),
+            Self::Tls(s) => Ok(Self::Tls(s.clone())),
             Self::Unix(s) => s.try_clone().map(Self::Unix),
         }
     }
@@ -251,6 +330,7 @@ impl Stream {
         // An error says that it was closed already.
         let _ = match self {
             Self::Tcp(s) => s.shutdown(std::net::Shutdown::Both),
+            Self::Tls(s) => s.socket().shutdown(std::net::Shutdown::Both),
             Self::Unix(s) => s.shutdown(std::net::Shutdown::Both),
         };
     }
@@ -259,6 +339,7 @@ impl Stream {
     pub fn shutdown_write(&self) {
         let _ = match self {
             Self::Tcp(s) => s.shutdown(std::net::Shutdown::Write),
+            Self::Tls(s) => s.socket().shutdown(std::net::Shutdown::Write),
             Self::Unix(s) => s.shutdown(std::net::Shutdown::Write),
         };
     }
@@ -267,6 +348,7 @@ impl Stream {
     pub fn set_read_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
         match self {
             Self::Tcp(s) => s.set_read_timeout(timeout),
+            Self::Tls(s) => s.socket().set_read_timeout(timeout),
             Self::Unix(s) => s.set_read_timeout(timeout),
         }
     }
@@ -275,6 +357,7 @@ impl Stream {
     pub fn set_write_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
         match self {
             Self::Tcp(s) => s.set_write_timeout(timeout),
+            Self::Tls(s) => s.socket().set_write_timeout(timeout),
             Self::Unix(s) => s.set_write_timeout(timeout),
         }
     }
@@ -284,6 +367,7 @@ impl Read for Stream {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
         match self {
             Self::Tcp(s) => s.read(buf),
+            Self::Tls(s) => s.read(buf),
             Self::Unix(s) => s.read(buf),
         }
     }
@@ -293,6 +377,7 @@ impl Write for Stream {
     fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
         match self {
             Self::Tcp(s) => s.write(buf),
+            Self::Tls(s) => s.write_vectored(&[IoSlice::new(buf)]),
             Self::Unix(s) => s.write(buf),
         }
     }
@@ -300,6 +385,7 @@ impl Write for Stream {
     fn write_vectored(&mut self, bufs: &[IoSlice<'_>]) -> io::Result<usize> {
         match self {
             Self::Tcp(s) => s.write_vectored(bufs),
+            Self::Tls(s) => s.write_vectored(bufs),
             Self::Unix(s) => s.write_vectored(bufs),
         }
     }
@@ -331,13 +417,23 @@ mod tests {
     fn plain_tcp_beyond_loopback_needs_insecure() {
         let error = Address::parse("tcp:192.0.2.1:1")
             .unwrap()
-            .connect(false, Duration::from_millis(1))
+            .connect(Security::default(), Duration::from_millis(1))
             .unwrap_err();
         assert!(matches!(error, TransportError::Insecure(_)), "{error}");
-        let error = Address::parse("tcp:0.0.0.0:0").unwrap().listen(false).unwrap_err();
+        let error = Address::parse("tcp:0.0.0.0:0")
+            .unwrap()
+            .listen(Security::default())
+            .unwrap_err();
         assert!(matches!(error, TransportError::Insecure(_)), "{error}");
-        Address::parse("tcp:0.0.0.0:0").unwrap().listen(true).unwrap();
-        Address::parse("tcp:127.0.0.1:0").unwrap().listen(false).unwrap();
+        let insecure = Security {
+            insecure: true,
+            tls: None,
+        };
+        Address::parse("tcp:0.0.0.0:0").unwrap().listen(insecure).unwrap();
+        Address::parse("tcp:127.0.0.1:0")
+            .unwrap()
+            .listen(Security::default())
+            .unwrap();
     }
 
     #[test]
@@ -345,8 +441,11 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let address = Address::Unix(dir.path().join("s"));
         drop(UnixListener::bind(dir.path().join("s")).unwrap());
-        let live = address.listen(false).unwrap();
-        assert!(matches!(address.listen(false), Err(TransportError::Listen { .. })));
+        let live = address.listen(Security::default()).unwrap();
+        assert!(matches!(
+            address.listen(Security::default()),
+            Err(TransportError::Listen { .. })
+        ));
         // Somebody looked whether it is alive, and that is all.
         drop(live.accept().unwrap());
         assert_eq!(live.accept().unwrap_err().kind(), io::ErrorKind::WouldBlock);
