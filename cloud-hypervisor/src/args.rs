@@ -88,8 +88,10 @@ pub struct Args {
     #[arg(long, value_name = "SPEC")]
     pub restore: Option<String>,
 
-    /// Be a backup: listen=tcp:HOST:PORT|unix:PATH[,arbiter=file:DIR][,insecure=on|off]; together with --disk, --net,
-    /// --serial and --console for what differs on this host. insecure=on allows plain TCP beyond loopback.
+    /// Be a backup: listen=tcp:HOST:PORT|unix:PATH[,arbiter=file:DIR][,tls=DIR[,tls_peer=NAME]][,insecure=on|off]; together
+    /// with --disk, --net, --serial and --console for what differs on this host. tls: take only primaries with a
+    /// certificate (DIR has ca.pem, cert.pem, key.pem), of this name if one is given. insecure=on allows plain TCP beyond
+    /// loopback.
     #[cfg(feature = "ft")]
     #[arg(long, value_name = "SPEC")]
     pub ft_receive: Option<String>,

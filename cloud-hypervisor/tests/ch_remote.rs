@@ -326,6 +326,44 @@ mod fault_tolerance {
     }
 
     #[test]
+    fn certificates_are_made_and_their_directory_goes_to_the_vmm() {
+        let bed = bed();
+        bed.ok(&["ft", "make-certs", "--out", "certs", "10.0.0.1", "b.example"]);
+        let certs = bed.dir.path().join("certs");
+        for file in [
+            "ca.pem",
+            "ca-key.pem",
+            "10.0.0.1/ca.pem",
+            "b.example/cert.pem",
+            "b.example/key.pem",
+        ] {
+            assert!(certs.join(file).exists(), "{file}");
+        }
+        assert!(
+            bed.fails(&["ft", "make-certs", "--out", "certs", "c"])
+                .contains("File exists")
+        );
+        assert!(
+            bed.fails(&["ft", "make-certs", "--out", "d", "a/b"])
+                .contains("DNS name or an IP address")
+        );
+        let tls = ["--tls", "certs/b.example", "--tls-peer", "10.0.0.1"];
+        bed.ok(&[&["ft", "receive", "tcp:0.0.0.0:7000"], &tls[..]].concat());
+        let Request::FtReceive(config) = bed.last() else {
+            panic!("no request")
+        };
+        let tls = config.tls.unwrap();
+        assert_eq!(
+            (tls.dir, tls.peer.as_deref()),
+            (certs.join("b.example"), Some("10.0.0.1"))
+        );
+        assert!(
+            bed.fails(&["ft", "receive", "tcp:h:1", "--tls-peer", "x"])
+                .contains("--tls")
+        );
+    }
+
+    #[test]
     fn limits_are_changed_and_shown() {
         let bed = with_script(vec![info(FtState::Protected)]);
         let shown = bed.ok(&["ft", "config", "max_epoch_ms=20", "heartbeat_ms=10"]);

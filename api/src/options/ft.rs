@@ -1,6 +1,6 @@
 //! The options of fault tolerance: `--ft-receive`, `--disk` and `--net` of a backup, limits as `key=value`.
 
-use ft::config::{FtDiskOverride, FtLimitsPatch, FtNetOverride, FtReceiveConfig};
+use ft::config::{FtDiskOverride, FtLimitsPatch, FtNetOverride, FtReceiveConfig, FtTls};
 
 use super::{OptionError, OptionValue, Options};
 use crate::config::{ConsoleConfig, ConsoleMode};
@@ -17,13 +17,28 @@ pub const LIMITS: &[&str] = &[
     "audit_mib_s",
 ];
 
-/// `--ft-receive listen=tcp:HOST:PORT,arbiter=file:DIR,insecure=on`
+/// `--ft-receive listen=tcp:HOST:PORT,arbiter=file:DIR,tls=DIR,tls_peer=NAME,insecure=on`
 pub fn receive(text: &str) -> Result<FtReceiveConfig, OptionError> {
-    let mut options = Options::parse("--ft-receive", &["listen", "arbiter", "insecure"], text)?;
+    let mut options = Options::parse(
+        "--ft-receive",
+        &["listen", "arbiter", "tls", "tls_peer", "insecure"],
+        text,
+    )?;
+    let tls = match (options.take("tls")?, options.take("tls_peer")?) {
+        (Some(dir), peer) => Some(FtTls { dir, peer }),
+        (None, None) => None,
+        (None, Some::<String>(_)) => {
+            return Err(OptionError {
+                option: "--ft-receive",
+                reason: "tls_peer is given without tls".into(),
+            });
+        }
+    };
     Ok(FtReceiveConfig {
         listen: options.need("listen")?,
         arbiter: options.take("arbiter")?,
         insecure: options.take("insecure")?.unwrap_or(false),
+        tls,
         disks: Vec::new(),
         net: Vec::new(),
         serial: None,

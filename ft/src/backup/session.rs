@@ -16,7 +16,7 @@ use crate::core::backup::{Action, BackupState, Event, FromPrimary, ToPrimary};
 use crate::core::ms;
 use crate::core::staging::Staging;
 use crate::event::{EventSink, Status, announce};
-use crate::machine::{PAGE_SIZE, Shadow};
+use crate::machine::{MachineError, PAGE_SIZE, Shadow};
 use crate::outbox::{Clock, Outbox, Stamp};
 use crate::primary::session::{answer_of, lock};
 use crate::transport::Stream;
@@ -313,7 +313,11 @@ impl Session {
                 };
                 drop(staging);
                 checked.map_err(|e| e.to_string())?;
-                return self.write_through(frame);
+                if let Err(e) = self.write_through(frame) {
+                    // This host's fault, not the primary's.
+                    self.feed(Event::Leave(format!("the backup cannot take a copy: {e}")));
+                }
+                return Ok(());
             }
             Frame::Pages { epoch, runs, data } => staging.pages(epoch, runs, data),
             Frame::ZeroPages { epoch, runs } => staging.zero_pages(epoch, &runs),
@@ -365,12 +369,12 @@ impl Session {
     }
 
     /// Pre-copy: nothing counts yet, so it goes straight into the shadow.
-    fn write_through(&self, frame: Frame) -> Result<(), String> {
+    fn write_through(&self, frame: Frame) -> Result<(), MachineError> {
         let mut shadow = lock(&self.shadow);
         let Some(shadow) = shadow.as_deref_mut() else {
             return Ok(());
         };
-        let result = match frame {
+        match frame {
             Frame::Pages { runs, data, .. } => {
                 let mut at = 0;
                 runs.iter().try_for_each(|run| {
@@ -382,8 +386,7 @@ impl Session {
             Frame::ZeroPages { runs, .. } => applier::write_zeroes(shadow, &runs),
             Frame::Disk { disk, change, .. } => shadow.apply_disk(disk, &change),
             _ => Ok(()),
-        };
-        result.map_err(|e| format!("the backup cannot take a copy: {e}"))
+        }
     }
 
     fn send(self: &Arc<Self>) {

@@ -232,6 +232,19 @@ fn a_backup_whose_disk_fails_says_so_and_the_vm_runs_on() {
 }
 
 #[test]
+fn a_backup_whose_disk_fails_in_the_first_copy_says_so_and_waits_anew() {
+    let mut bed = Bed::new(FakeVm::new(identity("vm")));
+    *lock(&bed.host.fail_apply) = true;
+    bed.enable();
+    bed.wait_primary(FtState::Failed);
+    let reason = bed.primary().info().reason.unwrap();
+    assert!(reason.contains("the backup's disk is full"), "{reason}");
+    bed.wait_backup(FtState::Listening);
+    bed.vm.count_and_send();
+    eventually("output", || bed.vm.sent() == [1]);
+}
+
+#[test]
 fn r6_a_page_that_differs_from_the_primarys_ends_protection_by_its_address() {
     let mut bed = Bed::new(FakeVm::new(identity("vm")));
     bed.protect();

@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::cleanup::{self, KEEP, Registered};
 use crate::netns::{GUEST_IP, Network, TAP};
-use crate::process::Vmm;
+use crate::process::{Vmm, binary};
 
 /// MAC address of the guest.
 pub const MAC: &str = "52:54:00:f7:00:01";
@@ -32,6 +32,8 @@ pub struct Options {
     /// Silence after which the other side counts as dead. Longer than the product's default, so that a machine that is
     /// busy with other work does not look like a dead one; a killed process is noticed by its closed connection.
     pub heartbeat_timeout_ms: u32,
+    /// The log channel is TLS.
+    pub tls: bool,
 }
 
 impl Default for Options {
@@ -42,6 +44,7 @@ impl Default for Options {
             disk_mib: 16,
             cmdline: String::new(),
             heartbeat_timeout_ms: 3000,
+            tls: false,
         }
     }
 }
@@ -137,7 +140,33 @@ impl Bed {
             this.new_disk(side)?;
         }
         this.started = 0;
+        if this.options.tls {
+            this.make_certs()?;
+        }
         Ok(this)
+    }
+
+    fn make_certs(&self) -> Result<()> {
+        let out = self.dir.join("certs");
+        let hosts = [Side::A, Side::B].map(|side| Network::log_ip(side.name()));
+        let status = std::process::Command::new(binary("ch-remote")?)
+            .args(["--json", "ft", "make-certs", "--out"])
+            .arg(out)
+            .args(hosts)
+            .status()?;
+        anyhow::ensure!(status.success(), "ch-remote ft make-certs: {status}");
+        Ok(())
+    }
+
+    /// Options of `ch-remote ft` that protect the log channel, on the host of `side`.
+    fn security(&self, side: Side) -> Vec<String> {
+        if !self.options.tls {
+            return vec!["--insecure".into()];
+        }
+        let certs = self.dir.join("certs").join(Network::log_ip(side.name()));
+        let peer = Network::log_ip(side.other().name());
+        let args = ["--tls", &certs.display().to_string(), "--tls-peer", peer];
+        args.map(String::from).to_vec()
     }
 
     /// The disk of a host.
@@ -244,8 +273,10 @@ impl Bed {
         let args = [
             "ft", "receive", peer, "--disk", &disk, "--net", &net, "--serial", &serial,
         ];
+        let security = self.security(host.side);
+        let security: Vec<&str> = security.iter().map(String::as_str).collect();
         host.vmm
-            .remote(&[&args[..], &["--arbiter", &arbiter, "--insecure"]].concat())?;
+            .remote(&[&args[..], &["--arbiter", &arbiter], &security].concat())?;
         host.peer = peer.into();
         Ok(())
     }
@@ -297,9 +328,8 @@ impl Bed {
             &arbiter,
             "--limits",
             &limit,
-            "--insecure",
         ];
-        args.map(String::from).to_vec()
+        [args.map(String::from).to_vec(), self.security(backup.side.other())].concat()
     }
 
     /// Keeps the directory, for a look at logs and disks.

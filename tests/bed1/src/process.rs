@@ -144,11 +144,16 @@ impl Vmm {
         self.child.id()
     }
 
-    /// Number of open files and of threads.
+    /// Number of open files and of threads, without the kernel's own for io_uring, which come and go.
     pub fn fds_and_threads(&self) -> Result<(usize, usize)> {
-        let count =
-            |what: &str| Ok::<_, anyhow::Error>(std::fs::read_dir(format!("/proc/{}/{what}", self.pid()))?.count());
-        Ok((count("fd")?, count("task")?))
+        let of = |what: &str| std::fs::read_dir(format!("/proc/{}/{what}", self.pid()));
+        let kernels = |task: &std::fs::DirEntry| {
+            std::fs::read_to_string(task.path().join("comm")).is_ok_and(|name| name.starts_with("iou-"))
+        };
+        Ok((
+            of("fd")?.count(),
+            of("task")?.flatten().filter(|task| !kernels(task)).count(),
+        ))
     }
 
     /// Path of its API socket.

@@ -64,6 +64,21 @@ fn kvm_root_primaries_killed_under_each_load() -> Result<()> {
 }
 
 #[test]
+fn kvm_root_primaries_killed_over_tls() -> Result<()> {
+    let mut bed = Bed::new(Options {
+        tls: true,
+        ..Options::default()
+    })?;
+    let mut results = Results::default();
+    let mut chain = Chain::start(&mut bed, &loads::Options::everything(6), &mut results)?;
+    for _ in 0..2 {
+        chain.round(Victim::Primary, ms(500))?;
+        chain.protect_again()?;
+    }
+    chain.end()
+}
+
+#[test]
 fn kvm_root_one_vcpu_takeover() -> Result<()> {
     let mut bed = Bed::new(Options {
         vcpus: 1,

@@ -85,6 +85,15 @@ pub enum FtCommand {
     /// Waits until the VM is protected and shows how far the copy is. Interrupting the waiting does not end the enabling:
     /// `ft info` tells how it goes on, `ft disable` ends it.
     Enable(Enable),
+    /// Make certificates for `--tls`: an authority and one directory per host, to be copied there (no VMM is needed)
+    MakeCerts {
+        /// New directory for them; its ca-key.pem signs more hosts' certificates later: keep it safe
+        #[arg(long, value_name = "DIR")]
+        out: PathBuf,
+        /// Hosts, by the name or address that others use in --peer
+        #[arg(required = true, value_name = "HOST")]
+        hosts: Vec<String>,
+    },
     /// End protection: the VM goes on without a backup; a backup waits no longer
     Disable,
     /// Planned switchover: the backup becomes the primary, the VM goes on there
@@ -120,6 +129,19 @@ fn seconds(text: &str) -> Result<f64, String> {
     }
 }
 
+/// How the log channel is protected.
+#[cfg(feature = "ft")]
+#[derive(Debug, Args)]
+pub struct Tls {
+    /// Use TLS, and nothing else: directory on the VMM's host with ca.pem, cert.pem and key.pem (see `ft make-certs`)
+    #[arg(long = "tls", value_name = "DIR")]
+    pub tls_dir: Option<PathBuf>,
+    /// Name or address that the other side's certificate must be for [default: on the primary the host in --peer, on the
+    /// backup any of the authority]
+    #[arg(long, value_name = "NAME", requires = "tls_dir")]
+    pub tls_peer: Option<String>,
+}
+
 /// `ft receive`
 #[cfg(feature = "ft")]
 #[derive(Debug, Args)]
@@ -141,6 +163,8 @@ pub struct Receive {
     /// Arbiter, where this host reaches it otherwise than the primary: file:DIR [default: what the primary names]
     #[arg(long, value_name = "ARBITER")]
     pub arbiter: Option<String>,
+    #[command(flatten)]
+    pub tls: Tls,
     /// Allow plain TCP beyond loopback: the log channel carries the guest's whole memory
     #[arg(long)]
     pub insecure: bool,
@@ -156,6 +180,8 @@ pub struct Enable {
     /// Arbiter: file:DIR, a directory that both hosts share [default: the VMM's --ft-arbiter]
     #[arg(long, value_name = "ARBITER")]
     pub arbiter: Option<String>,
+    #[command(flatten)]
+    pub tls: Tls,
     /// Allow plain TCP beyond loopback: the log channel carries the guest's whole memory
     #[arg(long)]
     pub insecure: bool,

@@ -19,6 +19,8 @@ use api::{Client, RestoreConfig};
 use clap::{CommandFactory, Parser};
 use serde_json::Value;
 
+#[cfg(feature = "ft")]
+use args::FtCommand;
 use args::{Cli, Command};
 
 /// Commands of Cloud Hypervisor's `ch-remote` that are not offered.
@@ -62,6 +64,10 @@ fn main() -> ExitCode {
 fn run(cli: &Cli) -> Result<()> {
     if let Command::Other(words) = &cli.command {
         return refuse(words);
+    }
+    #[cfg(feature = "ft")]
+    if let Command::Ft(FtCommand::MakeCerts { out, hosts }) = &cli.command {
+        return ft::certs::make(out, hosts, cli.json);
     }
     let Some(socket) = &cli.api_socket else {
         bail!("which VMM? give --api-socket PATH, the same as the VMM was started with");

@@ -27,6 +27,9 @@ struct Args {
     /// Silence after which the other side counts as dead, in ms.
     #[arg(long, default_value_t = 500)]
     heartbeat_timeout_ms: u32,
+    /// Protects the log channel by TLS.
+    #[arg(long)]
+    tls: bool,
     /// Prints the figures as JSON.
     #[arg(long)]
     json: bool,
@@ -72,6 +75,7 @@ fn run(args: &Args) -> Result<bool> {
         vcpus: args.vcpus,
         memory_mib: args.memory_mib,
         heartbeat_timeout_ms: args.heartbeat_timeout_ms,
+        tls: args.tls,
         ..Options::default()
     })?;
     let outcome = outcome(args, &mut bed);

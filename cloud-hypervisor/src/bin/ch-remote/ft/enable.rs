@@ -23,6 +23,7 @@ pub fn run(client: &Client, args: &Enable, json: bool) -> Result<()> {
         peer: super::address(&args.peer)?,
         arbiter: args.arbiter.as_deref().map(super::arbiter).transpose()?,
         insecure: args.insecure,
+        tls: super::tls(&args.tls)?,
         limits: options::limits(&args.limits)?.apply(&FtLimits::default()),
     };
     client.put_json("vm.ft-enable", &config)?;

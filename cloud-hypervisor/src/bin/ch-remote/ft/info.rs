@@ -50,6 +50,7 @@ pub fn table(info: &FtInfo) {
     for (name, value) in [
         ("reason", &info.reason),
         ("peer", &info.peer),
+        ("transport", &info.transport),
         ("arbiter", &info.arbiter),
     ] {
         if let Some(value) = value {

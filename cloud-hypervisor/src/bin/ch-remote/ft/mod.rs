@@ -1,7 +1,8 @@
 //! The commands of fault tolerance.
 //!
-//! * [`enable`]: `ft enable` with its progress; [`info`]: `ft info` as a table; [`watch`]: `ft watch`.
+//! * [`certs`]: `ft make-certs`; [`enable`]: `ft enable` with its progress; [`info`]: `ft info` as a table; [`watch`]: `ft watch`.
 
+pub mod certs;
 mod enable;
 mod info;
 mod watch;
@@ -12,9 +13,9 @@ use anyhow::{Context, Result, bail};
 use api::Client;
 use api::options::OptionValue;
 use api::options::ft as options;
-use ft::config::{FtLimitsPatch, FtReceiveConfig};
+use ft::config::{FtLimitsPatch, FtReceiveConfig, FtTls};
 
-use crate::args::{FtCommand, Receive};
+use crate::args::{FtCommand, Receive, Tls};
 use crate::output;
 
 /// Does `command` on the VMM behind `client`.
@@ -62,6 +63,7 @@ pub fn run(client: &Client, command: &FtCommand, json: bool) -> Result<()> {
                 info::table(&info);
             }
         }
+        FtCommand::MakeCerts { .. } => {}
         FtCommand::Watch { interval } => return watch::run(client, *interval, json),
     }
     Ok(())
@@ -92,11 +94,20 @@ fn receive(args: &Receive) -> Result<FtReceiveConfig> {
         serial: console("--serial", args.serial.as_deref())?,
         console: console("--console", args.console.as_deref())?,
         insecure: args.insecure,
+        tls: tls(&args.tls)?,
     };
     for disk in &mut config.disks {
         disk.path = absolute(&disk.path)?.into();
     }
     Ok(config)
+}
+
+fn tls(args: &Tls) -> Result<Option<FtTls>> {
+    let Some(dir) = &args.tls_dir else { return Ok(None) };
+    Ok(Some(FtTls {
+        dir: absolute(dir)?.into(),
+        peer: args.tls_peer.clone(),
+    }))
 }
 
 /// Checks `tcp:HOST:PORT` or `unix:PATH` before it goes to the VMM.

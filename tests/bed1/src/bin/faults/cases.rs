@@ -1,6 +1,7 @@
 //! Faults of processes, log channel, arbiter and disk.
 
 use std::fs::File;
+use std::io::Write;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -435,8 +436,15 @@ fn arbiter_read_only(_: &Counts) -> Outcome {
 }
 
 fn backup_disk_full(_: &Counts) -> Outcome {
-    // The loads write all of the 16 MiB disk in time.
-    let (mut p, _small) = with_small("small", "3m", |bed| bed.move_disk(Side::B, "small/b.img"))?;
+    // The loads write all of the 16 MiB disk in time, and this is what there is left for it.
+    let (mut p, small) = with_small("small", "64m", |bed| bed.move_disk(Side::B, "small/b.img"))?;
+    let filler = File::create(small.0.join("filler"))?;
+    let mut chunk = 64 << 10;
+    while chunk >= 4 << 10 {
+        if (&filler).write_all(&vec![1; chunk]).is_err() {
+            chunk /= 2;
+        }
+    }
     let moment = Instant::now();
     p.primary.vmm.wait_ft_state("failed", LIMIT)?;
     failover::after(moment, &mut p.primary, &p.loads)?;
