@@ -358,7 +358,7 @@ mod fault_tolerance {
             (certs.join("b.example"), Some("10.0.0.1"))
         );
         assert!(
-            bed.fails(&["ft", "receive", "tcp:h:1", "--tls-peer", "x"])
+            bed.ends(&["ft", "receive", "tcp:h:1", "--tls-peer", "x"], 2)
                 .contains("--tls")
         );
     }
