@@ -144,16 +144,14 @@ impl Vmm {
         self.child.id()
     }
 
-    /// Number of open files and of threads, without the kernel's own for io_uring, which come and go.
+    /// Number of open files and of threads, without those that come and go: the kernel's for io_uring, the API's workers.
     pub fn fds_and_threads(&self) -> Result<(usize, usize)> {
         let of = |what: &str| std::fs::read_dir(format!("/proc/{}/{what}", self.pid()));
-        let kernels = |task: &std::fs::DirEntry| {
-            std::fs::read_to_string(task.path().join("comm")).is_ok_and(|name| name.starts_with("iou-"))
+        let stays = |task: &std::fs::DirEntry| {
+            let name = std::fs::read_to_string(task.path().join("comm")).unwrap_or_default();
+            !name.starts_with("iou-") && !name.starts_with("api-worker")
         };
-        Ok((
-            of("fd")?.count(),
-            of("task")?.flatten().filter(|task| !kernels(task)).count(),
-        ))
+        Ok((of("fd")?.count(), of("task")?.flatten().filter(stays).count()))
     }
 
     /// Path of its API socket.

@@ -12,9 +12,6 @@ use load::stats::Summary;
 
 use crate::{Case, Counts, Outcome};
 
-/// Rounds after which a process has all that it keeps.
-const WARM: u32 = 5;
-
 /// Growth of a process that is noise of its allocator, in MiB.
 const NOISE: f64 = 24.0;
 
@@ -66,7 +63,8 @@ fn enable_disable(counts: &Counts) -> Outcome {
         primary.vmm.remote(&["ft", "disable"])?;
         primary.vmm.wait_ft_state("disabled", LIMIT)?;
         backup.vmm.wait_ft_state("listening", LIMIT)?;
-        if cycle + 1 == WARM.min(counts.cycles) {
+        // By then a process has all that it keeps.
+        if cycle == counts.cycles / 2 {
             before = Some((settled(&mut primary.vmm)?, settled(&mut backup.vmm)?));
         }
     }
