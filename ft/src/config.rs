@@ -46,6 +46,28 @@ pub struct FtTls {
     pub peer: Option<String>,
 }
 
+/// What a flush that the guest saw complete, in a committed epoch, survives (R5).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum FtDurability {
+    /// It is on the primary's disk and in the backup's memory: survives the loss of either host.
+    #[default]
+    MemoryOfBoth,
+    /// It is on both disks: survives power cuts of both hosts and the loss of one of the disks. A flush then takes the
+    /// time of the backup's disk, too.
+    DiskOfBoth,
+}
+
+impl FtDurability {
+    /// Its name in JSON.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::MemoryOfBoth => "memory-of-both",
+            Self::DiskOfBoth => "disk-of-both",
+        }
+    }
+}
+
 /// This host's file for a disk.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -81,6 +103,9 @@ pub struct FtEnableConfig {
     /// Speak TLS.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tls: Option<FtTls>,
+    /// What flushes survive.
+    #[serde(default)]
+    pub durability: FtDurability,
     /// Limits; can be changed later with vm.ft-config.
     #[serde(default)]
     pub limits: FtLimits,
@@ -244,8 +269,8 @@ pub struct FtInfo {
     pub epoch: u64,
     /// Last committed epoch.
     pub committed: u64,
-    /// Flush durability policy (R5); `memory-of-both`: a completed flush of a committed epoch is in both hosts' memory or disk.
-    pub durability: String,
+    /// What a completed flush of a committed epoch survives (R5).
+    pub durability: FtDurability,
     /// Limits in force.
     pub limits: FtLimits,
     /// Pre-copy.
@@ -297,7 +322,7 @@ impl FtInfo {
             generation: 0,
             epoch: 0,
             committed: 0,
-            durability: DURABILITY.into(),
+            durability: FtDurability::default(),
             limits: FtLimits::default(),
             progress: FtProgress::default(),
             epochs_total: 0,
@@ -318,9 +343,6 @@ impl FtInfo {
         }
     }
 }
-
-/// The flush policy in force (R5): a committed flush is in the memory or on the disk of both hosts.
-pub const DURABILITY: &str = "memory-of-both";
 
 /// Body of PUT vm.ft-config: the limits to change; those that are not named stay as they are.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]

@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used)]
 
 use ft::audit::PageSum;
-use ft::config::FtLimits;
+use ft::config::{FtDurability, FtLimits};
 use ft::core::staging::Staging;
 use ft::machine::{DiskChange, DiskIdentity, Identity, Input, Output, PAGE_SIZE, PageRun, Refusal};
 use ft::wire::frame::{EndMarker, Frame, OutFrame, encode};
@@ -132,6 +132,7 @@ fn frame() -> impl Strategy<Value = Frame> {
                 generation,
                 arbiter,
                 token,
+                durability: FtDurability::DiskOfBoth,
                 limits,
             }))
         }),

@@ -123,6 +123,7 @@ pub(super) fn connect(
         arbiter: description.clone(),
         token,
         limits: config.limits.clone(),
+        durability: config.durability,
     };
     let timeouts = stream
         .set_write_timeout(Some(CONNECT_TIMEOUT))
@@ -155,6 +156,7 @@ pub(super) fn connect(
         peer: config.peer,
         transport,
         generation,
+        durability: config.durability,
         limits: config.limits,
         outbox,
         clock,

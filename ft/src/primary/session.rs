@@ -9,7 +9,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use crate::arbiter::{Arbiter, Verdict};
-use crate::config::{FtInfo, FtLimits, FtRole, FtState};
+use crate::config::{FtDurability, FtInfo, FtLimits, FtRole, FtState};
 use crate::core::arbitration::Answer;
 use crate::core::primary::{Action, Event, FromBackup, PrimaryState, ToBackup};
 use crate::core::{MAX_IN_FLIGHT, Nanos};
@@ -38,6 +38,7 @@ pub struct SessionParts {
     pub(super) node: String,
     pub(super) peer: String,
     pub(super) transport: String,
+    pub(super) durability: FtDurability,
     pub(super) generation: u64,
     pub(super) limits: FtLimits,
     pub(super) outbox: Outbox,
@@ -91,6 +92,7 @@ pub struct Session {
     node: String,
     peer: String,
     transport: String,
+    durability: FtDurability,
     pub(super) core: Mutex<PrimaryState>,
     announced: Mutex<Option<Status>>,
     /// The VM was stopped for good. Only then the state says so: whoever reads `stopped` may count on it (R4).
@@ -141,6 +143,7 @@ impl Session {
                 node: parts.node,
                 peer: parts.peer,
                 transport: parts.transport,
+                durability: parts.durability,
                 core: Mutex::new(core),
                 announced: Mutex::new(None),
                 stopped: AtomicBool::new(false),
@@ -441,6 +444,7 @@ impl Session {
         (info.generation, info.epoch, info.committed) = (status.generation, status.epoch, status.committed);
         info.peer = Some(self.peer.clone());
         info.transport = Some(self.transport.clone());
+        info.durability = self.durability;
         info.arbiter = Some(self.arbiter_description.clone());
         info.limits = lock(&self.limits).clone();
         (info.outputs_waiting, _) = self.interposer.waiting();

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::config::FtLimits;
+use crate::config::{FtDurability, FtLimits};
 use crate::machine::{Identity, Refusal};
 
 /// First frame of the primary.
@@ -20,6 +20,8 @@ pub struct Hello {
     pub token: String,
     /// Its limits.
     pub limits: FtLimits,
+    /// What flushes survive.
+    pub durability: FtDurability,
 }
 
 /// Two hosts' TSC frequencies may differ by one part in so many: the kernel measures them anew at each boot.

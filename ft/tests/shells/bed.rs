@@ -183,6 +183,7 @@ impl Bed {
             arbiter: Some(format!("file:{}", self.arbiter("p").display())),
             insecure: false,
             tls: None,
+            durability: FtDurability::default(),
             limits: limits(),
         }
     }

@@ -34,6 +34,8 @@ pub struct Options {
     pub heartbeat_timeout_ms: u32,
     /// The log channel is TLS.
     pub tls: bool,
+    /// Flush durability policy.
+    pub durability: &'static str,
 }
 
 impl Default for Options {
@@ -45,6 +47,7 @@ impl Default for Options {
             cmdline: String::new(),
             heartbeat_timeout_ms: 3000,
             tls: false,
+            durability: "memory-of-both",
         }
     }
 }
@@ -328,6 +331,8 @@ impl Bed {
             &arbiter,
             "--limits",
             &limit,
+            "--durability",
+            self.options.durability,
         ];
         [args.map(String::from).to_vec(), self.security(backup.side.other())].concat()
     }

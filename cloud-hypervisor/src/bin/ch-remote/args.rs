@@ -185,6 +185,10 @@ pub struct Enable {
     /// Allow plain TCP beyond loopback: the log channel carries the guest's whole memory
     #[arg(long)]
     pub insecure: bool,
+    /// What a flush that the guest saw complete survives: memory-of-both (the loss of either host) or disk-of-both (also a
+    /// power cut of both; flushes then wait for the backup's disk)
+    #[arg(long, value_name = "POLICY", default_value = "memory-of-both", value_parser = ["memory-of-both", "disk-of-both"])]
+    pub durability: String,
     /// Limits as for `ft config`, for example max_epoch_ms=50,precopy_mib_s=200
     #[arg(long, value_name = "KEY=VALUE", num_args = 1..)]
     pub limits: Vec<String>,
