@@ -212,13 +212,15 @@ impl FtRole {
     }
 }
 
-/// Last, mean and 99th percentile of a measure.
+/// Last, mean, median and 99th percentile of a measure.
 #[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
 pub struct FtStat {
     /// Newest value.
     pub last: f64,
     /// Mean since FT was enabled.
     pub mean: f64,
+    /// Median (of the last few thousand values).
+    pub p50: f64,
     /// 99th percentile (of the last few thousand values).
     pub p99: f64,
 }
