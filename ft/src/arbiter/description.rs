@@ -242,7 +242,10 @@ mod tests {
             let error = text.parse::<Description>().unwrap_err();
             assert!(error.is_request_error());
             let error = error.to_string();
-            assert!(error.contains(reason) && error.contains("etcd:HOST:PORT"), "{text}: {error}");
+            assert!(
+                error.contains(reason) && error.contains("etcd:HOST:PORT"),
+                "{text}: {error}"
+            );
         }
     }
 }

@@ -81,7 +81,8 @@ pub(super) fn corrupt(place: &str, reason: impl Into<String>) -> ArbiterError {
 
 /// The store's newest generation is one that was left behind long ago.
 pub(super) fn went_back(place: &str, vm_id: &str, now: u64, before: u64) -> ArbiterError {
-    let reason =
-        format!("the generation of {vm_id} is {now}, it was {before} at least: was an old backup put back, or lost files?");
+    let reason = format!(
+        "the generation of {vm_id} is {now}, it was {before} at least: was an old backup put back, or lost files?"
+    );
     corrupt(place, reason)
 }
