@@ -2,6 +2,8 @@
 //!
 //! * [`cluster`]: etcd processes; [`tls`]: certificates; [`relay`]: loses answers.
 
+#![allow(clippy::unwrap_used)]
+
 mod cluster;
 mod relay;
 mod tls;
