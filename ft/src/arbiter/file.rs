@@ -185,7 +185,9 @@ impl Arbiter for FileArbiter {
         let winner = self
             .winner(vm_id, next)?
             .ok_or_else(|| corrupt(&place, "a register file vanished while it was read"))?;
-        self.sync_dir().map_err(|e| self.failed(e))?;
+        if winner == node {
+            self.sync_dir().map_err(|e| self.failed(e))?;
+        }
         // Again: it may have been unmounted in between.
         self.is_ours()?;
         let now = Register {
