@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 pub struct FtReceiveConfig {
     /// Where to listen: `tcp:HOST:PORT` or `unix:PATH`.
     pub listen: String,
-    /// Arbiter, overrides the one that the primary names (same register, reached otherwise): `file:DIR`.
+    /// Arbiter, overrides the one that the primary names (same register, reached otherwise): `file:DIR` or `etcd:HOST:PORT`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub arbiter: Option<String>,
     /// This host's files for the VM's disks, by device id; disks that are not named keep the primary's path.
@@ -94,7 +94,7 @@ pub struct FtNetOverride {
 pub struct FtEnableConfig {
     /// The backup's log channel: `tcp:HOST:PORT` or `unix:PATH`.
     pub peer: String,
-    /// Arbiter: `file:DIR`. Default: the VMM's `--ft-arbiter`.
+    /// Arbiter: `file:DIR` or `etcd:HOST:PORT`. Default: the VMM's `--ft-arbiter`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub arbiter: Option<String>,
     /// Allow plain TCP beyond loopback.

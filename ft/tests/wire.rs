@@ -125,12 +125,13 @@ fn frame() -> impl Strategy<Value = Frame> {
         Just(Frame::Heartbeat),
         Just(Frame::Disarmed),
         (identity(), any::<u64>(), limits.clone()).prop_map(|(identity, generation, limits)| {
-            let (node, arbiter, token) = ("n".into(), "file:/x".into(), "t".into());
+            let (node, arbiter, store, token) = ("n".into(), "file:/x".into(), "s".into(), "t".into());
             Frame::Hello(Box::new(Hello {
                 node,
                 identity,
                 generation,
                 arbiter,
+                store,
                 token,
                 durability: FtDurability::DiskOfBoth,
                 limits,

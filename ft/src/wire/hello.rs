@@ -16,6 +16,8 @@ pub struct Hello {
     pub generation: u64,
     /// Its arbiter, as `KIND:...`.
     pub arbiter: String,
+    /// The store of that arbiter: the backup's must have the same id.
+    pub store: String,
     /// A mark that it left in the arbiter: the backup must find it there.
     pub token: String,
     /// Its limits.

@@ -160,7 +160,8 @@ pub struct Receive {
     /// virtio console after a takeover: off, null, tty or file=PATH [default: as on the primary]
     #[arg(long, value_name = "MODE")]
     pub console: Option<String>,
-    /// Arbiter, where this host reaches it otherwise than the primary: file:DIR [default: what the primary names]
+    /// Arbiter, where this host reaches it otherwise than the primary: as for `ft enable` [default: what the primary
+    /// names]
     #[arg(long, value_name = "ARBITER")]
     pub arbiter: Option<String>,
     #[command(flatten)]
@@ -177,7 +178,9 @@ pub struct Enable {
     /// The waiting backup: tcp:HOST:PORT or unix:PATH
     #[arg(long, value_name = "ADDRESS")]
     pub peer: String,
-    /// Arbiter: file:DIR, a directory that both hosts share [default: the VMM's --ft-arbiter]
+    /// Arbiter: file:DIR, a directory that both hosts share, or
+    /// etcd:HOST:PORT[+HOST:PORT...][+ca=FILE[+cert=FILE+key=FILE]][+prefix=/PATH], an etcd cluster [default: the VMM's
+    /// --ft-arbiter]
     #[arg(long, value_name = "ARBITER")]
     pub arbiter: Option<String>,
     #[command(flatten)]
