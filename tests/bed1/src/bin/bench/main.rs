@@ -33,6 +33,9 @@ struct Args {
     /// Takeovers after a kill, and after silence; 0: none.
     #[arg(long, default_value_t = 10)]
     failovers: u32,
+    /// Limits of FT as KEY=VALUE, as for `ch-remote ft enable`.
+    #[arg(long, value_name = "KEY=VALUE", num_args = 1..)]
+    limits: Vec<String>,
     /// The log channel is TLS.
     #[arg(long)]
     tls: bool,
@@ -69,7 +72,7 @@ fn run(args: &Args) -> Result<()> {
     let mut outcomes = Vec::new();
     for load in all.iter().filter(chosen) {
         eprintln!("==> {}: {}", load.name, load.what);
-        let outcome = measure::run(load, args.rounds.max(1), args.seconds, args.tls).with_context(|| load.name)?;
+        let outcome = measure::run(load, args).with_context(|| load.name)?;
         println!("{}\n{}", load.name, outcome.table());
         outcomes.push(outcome);
     }
@@ -87,6 +90,7 @@ fn run(args: &Args) -> Result<()> {
         "rounds": args.rounds,
         "seconds": args.seconds,
         "tls": args.tls,
+        "limits": args.limits,
         "loads": outcomes.iter().map(Outcome::json).collect::<Vec<_>>(),
         "failovers": gaps,
     });

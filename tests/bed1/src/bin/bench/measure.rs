@@ -13,6 +13,7 @@ use load::stats::Summary;
 use serde::Serialize;
 use serde_json::{Value, json};
 
+use crate::Args;
 use crate::suite::{Metric, Workload};
 
 /// Time that a change of FT is given before it is measured.
@@ -134,11 +135,13 @@ fn overhead(host: &Host) -> Result<f64> {
 }
 
 /// Measures a load.
-pub fn run(load: &Workload, rounds: u32, seconds: f64, tls: bool) -> Result<Outcome> {
+pub fn run(load: &Workload, args: &Args) -> Result<Outcome> {
+    let (rounds, seconds) = (args.rounds.max(1), args.seconds);
     let mut bed = Bed::new(Options {
         memory_mib: RAM,
         disk_mib: 64,
-        tls,
+        limits: args.limits.clone(),
+        tls: args.tls,
         ..Options::default()
     })?;
     let mut primary = bed.boot(Side::A)?;
