@@ -115,25 +115,6 @@ fn window(load: &Workload, primary: &Host, backup: &Host, loads: &mut Loads, sec
     })
 }
 
-/// MiB that a VMM has in memory beyond guest RAM, whose mapping is its largest.
-fn overhead(host: &Host) -> Result<f64> {
-    let maps = std::fs::read_to_string(format!("/proc/{}/smaps", host.vmm.pid()))?;
-    let kib = |line: &str, key: &str| -> Option<u64> {
-        line.strip_prefix(key)?.trim().strip_suffix(" kB")?.trim().parse().ok()
-    };
-    let (mut size, mut largest, mut of_largest, mut all) = (0, 0, 0, 0);
-    for line in maps.lines() {
-        size = kib(line, "Size:").unwrap_or(size);
-        if let Some(rss) = kib(line, "Rss:") {
-            all += rss;
-            if size > largest {
-                (largest, of_largest) = (size, rss);
-            }
-        }
-    }
-    Ok((all - of_largest) as f64 / 1024.0)
-}
-
 /// Measures a load.
 pub fn run(load: &Workload, args: &Args) -> Result<Outcome> {
     let (rounds, seconds) = (args.rounds.max(1), args.seconds);
@@ -151,7 +132,7 @@ pub fn run(load: &Workload, args: &Args) -> Result<Outcome> {
     for round in 0..rounds {
         off.push(window(load, &primary, &backup, &mut loads, seconds)?);
         if round == 0 {
-            memory.0 = overhead(&primary)?;
+            memory.0 = primary.vmm.memory_mib()?;
         }
         bed.protect(&mut primary, &mut backup)?;
         let mut protected = window(load, &primary, &backup, &mut loads, seconds)?;
@@ -159,7 +140,7 @@ pub fn run(load: &Workload, args: &Args) -> Result<Outcome> {
         ensure!(info["state"] == "protected", "protection ended: {}", info["reason"]);
         protected.info = Some(info);
         on.push(protected);
-        memory.1 = f64::max(memory.1, overhead(&primary)?);
+        memory.1 = f64::max(memory.1, primary.vmm.memory_mib()?);
         primary.vmm.remote(&["ft", "disable"])?;
         primary.vmm.wait_ft_state("disabled", LIMIT)?;
         backup.vmm.wait_ft_state("listening", LIMIT)?;
