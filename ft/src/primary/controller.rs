@@ -64,7 +64,7 @@ pub(super) fn run(session: &Arc<Session>) {
         done: false,
     };
     if let Err(e) = controller.begin() {
-        controller.drive(e.into());
+        controller.failed(e);
     }
     controller.serve();
     session.finish();
@@ -163,7 +163,7 @@ impl Controller {
         match action {
             Action::Checkpoint => {
                 if let Err(e) = self.next_checkpoint() {
-                    self.drive(e.into());
+                    self.failed(e);
                 }
             }
             Action::Resume => self.resume(),
@@ -176,6 +176,13 @@ impl Controller {
             | Action::AskArbiter { .. }
             | Action::Disconnect => {}
         }
+    }
+
+    fn failed(&mut self, e: BeginError) {
+        if let BeginError::Channel(_) = &e {
+            self.session.hear_last_word();
+        }
+        self.drive(e.into());
     }
 
     fn next_checkpoint(&mut self) -> Result<(), BeginError> {

@@ -6,7 +6,7 @@
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::arbiter::{Arbiter, Verdict};
 use crate::config::{FtDurability, FtInfo, FtLimits, FtRole, FtState};
@@ -28,6 +28,9 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 /// Outputs released at once.
 const AT_ONCE: usize = 256;
+
+/// Longest wait for what the backup said before it hung up.
+const LAST_WORD: Duration = Duration::from_millis(500);
 
 /// What a session is made of.
 pub struct SessionParts {
@@ -114,6 +117,7 @@ pub struct Session {
     alone: Mutex<bool>,
     pub(super) metrics: Mutex<Metrics>,
     pub(super) quit: AtomicBool,
+    received_all: AtomicBool,
     events: EventSink,
 }
 
@@ -160,6 +164,7 @@ impl Session {
                 alone: Mutex::new(false),
                 metrics: Mutex::default(),
                 quit: AtomicBool::new(false),
+                received_all: AtomicBool::new(false),
                 events: parts.events,
             };
             session.announce(&lock(&session.core));
@@ -366,7 +371,20 @@ impl Session {
     }
 
     /// The receiver thread.
-    pub(super) fn receive(self: &Arc<Self>, mut reader: FrameReader<Stream>) {
+    pub(super) fn receive(self: &Arc<Self>, reader: FrameReader<Stream>) {
+        self.receive_all(reader);
+        self.received_all.store(true, Ordering::SeqCst);
+    }
+
+    /// A backup that leaves says why before it hangs up. Whoever fails to write to it lets the receiver hear that.
+    pub(super) fn hear_last_word(&self) {
+        let end = Instant::now() + LAST_WORD;
+        while !self.received_all.load(Ordering::SeqCst) && Instant::now() < end && !self.quit.load(Ordering::SeqCst) {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    fn receive_all(self: &Arc<Self>, mut reader: FrameReader<Stream>) {
         let mut heard = || self.heard.store(self.clock.now(), Ordering::Release);
         loop {
             let (envelope, frame) = match reader.next(&mut heard) {
@@ -404,6 +422,7 @@ impl Session {
     /// The sender thread.
     pub(super) fn send(self: &Arc<Self>) {
         if let Err(e) = self.outbox.run() {
+            self.hear_last_word();
             self.feed(Event::PeerLost(format!("log channel: {e}")));
         }
     }
