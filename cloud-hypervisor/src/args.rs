@@ -76,6 +76,11 @@ pub struct Args {
     #[arg(long, value_name = "SPEC")]
     pub event_monitor: Option<String>,
 
+    /// What happens when a thread makes a system call that is not on its list: true ends the process, log makes the
+    /// kernel log it (and lets it pass), false has no lists.
+    #[arg(long, value_name = "true|false|log", default_value = "true", value_parser = seccomp_mode)]
+    pub seccomp: sandbox::Mode,
+
     /// Append the log to this file [default: standard error]
     #[arg(long, value_name = "FILE")]
     pub log_file: Option<PathBuf>,
@@ -127,7 +132,6 @@ const NOT_OFFERED: &[&str] = &[
     "pmem",
     "pvpanic",
     "rate-limit-group",
-    "seccomp",
     "tpm",
     "user-device",
     "vdpa",
@@ -321,6 +325,15 @@ impl Args {
     }
 }
 
+fn seccomp_mode(text: &str) -> Result<sandbox::Mode, String> {
+    match text {
+        "true" => Ok(sandbox::Mode::Kill),
+        "log" => Ok(sandbox::Mode::Log),
+        "false" => Ok(sandbox::Mode::Off),
+        _ => Err("possible are true, false and log".into()),
+    }
+}
+
 fn supported() -> String {
     let command = Args::command();
     let names: Vec<String> = command
@@ -383,6 +396,15 @@ mod tests {
         assert_eq!(config.console, None);
         assert!(start(&["--ft-receive", "listen=tcp:h:1", "--cpus", "boot=1"]).is_err());
         assert!(start(&["--ft-receive", "listen=tcp:h:1", "--disk", "path=/b"]).is_err());
+    }
+
+    #[test]
+    fn filters_are_on_unless_told_otherwise() {
+        let mode = |args: &[&str]| Args::try_parse_from([&["cloud-hypervisor"], args].concat()).map(|a| a.seccomp);
+        assert_eq!(mode(&[]).unwrap(), sandbox::Mode::Kill);
+        assert_eq!(mode(&["--seccomp", "log"]).unwrap(), sandbox::Mode::Log);
+        assert_eq!(mode(&["--seccomp", "false"]).unwrap(), sandbox::Mode::Off);
+        assert!(mode(&["--seccomp", "maybe"]).is_err());
     }
 
     #[test]

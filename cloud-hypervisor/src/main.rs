@@ -13,6 +13,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result};
 use api::server::Server;
 use api::{Events, Request, VmmService};
+use sandbox::ThreadKind;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use vmm::{Vmm, VmmOptions};
@@ -52,6 +53,8 @@ fn run(args: &Args, start: Start) -> Result<()> {
         log::error!("{info}");
         panicked(info);
     }));
+    // Before there are other threads.
+    sandbox::confine(args.seccomp).context("--seccomp")?;
     let events = match args.event_monitor()? {
         Some(monitor) => Events::to_file(monitor.open_output().context("--event-monitor")?)?,
         None => Events::none(),
@@ -113,6 +116,6 @@ fn watch_signals(mut signals: Signals, vmm: Arc<Vmm>) -> Result<()> {
             vmm.request_exit();
         }
     };
-    std::thread::Builder::new().name("signals".into()).spawn(watch)?;
+    sandbox::spawn(ThreadKind::Signals, "signals", watch)?;
     Ok(())
 }

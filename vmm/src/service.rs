@@ -10,6 +10,7 @@ use api::{
     VmmPingResponse, VmmService,
 };
 use hypervisor::Hypervisor;
+use sandbox::ThreadKind;
 
 use crate::interrupts::lock;
 use crate::plugin::Plugin;
@@ -102,9 +103,9 @@ impl Vmm {
             exit: Arc::default(),
         });
         let weak = Arc::downgrade(&vmm);
-        std::thread::Builder::new()
-            .name("vmm-control".into())
-            .spawn(move || while_alive(&weak, |vmm, request| vmm.guest_request(request), &from_guest))?;
+        sandbox::spawn(ThreadKind::Control, "vmm-control", move || {
+            while_alive(&weak, |vmm, request| vmm.guest_request(request), &from_guest);
+        })?;
         Ok(vmm)
     }
 

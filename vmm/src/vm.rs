@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use api::{Events, VmConfig};
 use hypervisor::{CpuIdEntry, Hypervisor, VcpuState, VmOptions};
+use sandbox::ThreadKind;
 use thiserror::Error;
 
 use crate::devices::{DeviceManager, MachineSignals};
@@ -480,7 +481,7 @@ impl Vm {
                 }
             }
         };
-        if let Err(e) = std::thread::Builder::new().name("announce".into()).spawn(again) {
+        if let Err(e) = sandbox::spawn(ThreadKind::Announce, "announce", again) {
             log::warn!("the guest's addresses are announced only once: {e}");
         }
     }
