@@ -8,7 +8,7 @@ use seccompiler::{
 };
 use thiserror::Error;
 
-use crate::table::{Call, Only, calls};
+use crate::table::{Call, Only, call, calls};
 use crate::threads::ThreadKind;
 
 /// What happens at a system call that a thread's list does not have.
@@ -46,7 +46,10 @@ pub enum Error {
 }
 
 /// The filters of all kinds.
-pub struct Filters(HashMap<ThreadKind, BpfProgram>);
+///
+/// A thread whose row has no files by name has a second filter: opening one fails there, it does not end the process. The
+/// C library's allocator looks into /sys and /proc now and then, on any thread, and does without.
+pub struct Filters(HashMap<ThreadKind, Vec<BpfProgram>>);
 
 impl Filters {
     /// Compiles the table; `None` when there are to be none.
@@ -57,9 +60,18 @@ impl Filters {
             Mode::Log => SeccompAction::Log,
         };
         let filter = |kind: ThreadKind| {
-            let program = compile(&calls(kind), violation.clone());
-            let program = program.map_err(|source| Error::Compile { kind, source })?;
-            Ok((kind, program))
+            let mut calls = calls(kind);
+            let mut programs = Vec::new();
+            let refused = call(libc::SYS_openat);
+            if mode == Mode::Kill && !calls.contains(&refused) {
+                let error = SeccompAction::Errno(libc::EACCES as u32);
+                programs.push(compile(&[refused], SeccompAction::Allow, error));
+                calls.push(refused);
+            }
+            // The last: it forbids to add filters.
+            programs.push(compile(&calls, violation.clone(), SeccompAction::Allow));
+            let programs: Result<_, _> = programs.into_iter().collect();
+            Ok((kind, programs.map_err(|source| Error::Compile { kind, source })?))
         };
         let all: Result<_, Error> = ThreadKind::ALL.into_iter().map(filter).collect();
         Ok(Some(Self(all?)))
@@ -67,11 +79,19 @@ impl Filters {
 
     /// Filters the calling thread as one of `kind`.
     pub fn apply(&self, kind: ThreadKind) -> Result<(), Error> {
-        Ok(seccompiler::apply_filter(&self.0[&kind])?)
+        for program in &self.0[&kind] {
+            seccompiler::apply_filter(program)?;
+        }
+        Ok(())
     }
 }
 
-fn compile(calls: &[Call], violation: SeccompAction) -> Result<BpfProgram, seccompiler::BackendError> {
+/// A filter that does `listed` with `calls` and `other` with all others.
+fn compile(
+    calls: &[Call],
+    other: SeccompAction,
+    listed: SeccompAction,
+) -> Result<BpfProgram, seccompiler::BackendError> {
     let mut rules: BTreeMap<i64, Vec<SeccompRule>> = BTreeMap::new();
     let always = |number| calls.iter().any(|c| c.number == number && c.only == Only::Always);
     let mut done: Vec<&Call> = Vec::new();
@@ -90,7 +110,7 @@ fn compile(calls: &[Call], violation: SeccompAction) -> Result<BpfProgram, secco
         let condition = SeccompCondition::new(argument, SeccompCmpArgLen::Dword, operator, value)?;
         conditions.push(SeccompRule::new(vec![condition])?);
     }
-    SeccompFilter::new(rules, violation, SeccompAction::Allow, TargetArch::x86_64)?.try_into()
+    SeccompFilter::new(rules, other, listed, TargetArch::x86_64)?.try_into()
 }
 
 #[cfg(test)]
@@ -128,9 +148,26 @@ mod tests {
         unsafe { libc::syscall(libc::SYS_ptrace, 0xffff, 0, 0, 0) };
     }
 
-    fn open() {
+    fn try_open() -> bool {
         // SAFETY: the path is a NUL-terminated constant.
-        unsafe { libc::syscall(libc::SYS_openat, libc::AT_FDCWD, c"/".as_ptr(), libc::O_RDONLY) };
+        unsafe { libc::syscall(libc::SYS_openat, libc::AT_FDCWD, c"/".as_ptr(), libc::O_RDONLY) >= 0 }
+    }
+
+    fn open() {
+        if !try_open() {
+            std::process::abort();
+        }
+    }
+
+    fn cannot_open() {
+        if try_open() {
+            std::process::abort();
+        }
+    }
+
+    fn unlink() {
+        // SAFETY: the path is a NUL-terminated constant, and there is no such file.
+        unsafe { libc::syscall(libc::SYS_unlinkat, libc::AT_FDCWD, c"/nonexistent".as_ptr(), 0) };
     }
 
     fn inject_key() {
@@ -182,7 +219,8 @@ mod tests {
             ThreadKind::ApiServer,
             ThreadKind::FtBackup,
         ] {
-            assert_eq!(signal_of(kind, Mode::Kill, open), libc::SIGSYS, "{kind:?}");
+            assert_eq!(signal_of(kind, Mode::Kill, cannot_open), 0, "{kind:?}");
+            assert_eq!(signal_of(kind, Mode::Kill, unlink), libc::SIGSYS, "{kind:?}");
             assert_eq!(signal_of(kind, Mode::Kill, executable_memory), libc::SIGSYS, "{kind:?}");
         }
         for kind in [ThreadKind::Virtio, ThreadKind::ApiServer, ThreadKind::FtBackup] {

@@ -34,7 +34,7 @@ pub struct Call {
     pub only: Only,
 }
 
-const fn call(number: c_long) -> Call {
+pub(crate) const fn call(number: c_long) -> Call {
     Call {
         number,
         only: Only::Always,
@@ -239,6 +239,12 @@ const FILE_IO: &[Call] = &[
     call(libc::SYS_io_uring_enter),
 ];
 
+/// Restricting the process's files. Its threads are found in /proc and told by a signal.
+const LANDLOCK: &[Call] = &[
+    call(libc::SYS_landlock_create_ruleset),
+    call(libc::SYS_landlock_add_rule),
+];
+
 /// Making files: disks are locked, files get their modes.
 const FILE_SETUP: &[Call] = &[
     call(libc::SYS_fchmod),
@@ -289,7 +295,7 @@ const KVM_SIGNAL_MSI: u64 = 0xa5;
 /// Running a vCPU. First, so that the filter decides it at once.
 const RUN: &[Call] = &[kvm(0x80)];
 
-/// Reading a vCPU's state, on its own thread before a checkpoint and after a triple fault.
+/// Reading a vCPU's state, on its own thread before a checkpoint and after a triple fault; emptying full dirty rings.
 const VCPU_STATE: &[Call] = &[
     // Registers, segment registers, MSRs, local APIC.
     kvm(0x81),
@@ -307,6 +313,8 @@ const VCPU_STATE: &[Call] = &[
     // Attributes: the TSC offset.
     kvm(0xe2),
     kvm(0xe3),
+    // Dirty rings.
+    kvm(0xc7),
 ];
 
 /// All of KVM, for those who make virtual machines, load states or harvest dirty pages.
@@ -331,6 +339,7 @@ const MACHINE: &[&[Call]] = &[
     FILES,
     FILE_IO,
     FILE_SETUP,
+    LANDLOCK,
     TAP_SETUP,
     DEVICE,
     KVM,
@@ -361,7 +370,7 @@ pub fn calls(kind: ThreadKind) -> Vec<Call> {
         Kind::EventMonitor | Kind::FtThrottle => vec![EVERY],
         Kind::Signals => vec![EVERY, WAIT, STREAM],
         Kind::SerialInput => vec![EVERY, WAIT, DEVICE],
-        Kind::Vcpu => vec![RUN, EVERY, VCPU_STATE, DEVICE, FILE_IO],
+        Kind::Vcpu => vec![RUN, EVERY, VCPU_STATE, DEVICE],
         Kind::Virtio => vec![EVERY, WAIT, FILE_IO, DEVICE],
         Kind::DiskIo => vec![EVERY, FILE_IO],
         Kind::Announce => vec![EVERY, DEVICE],
