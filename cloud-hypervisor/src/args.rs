@@ -3,7 +3,9 @@
 use std::path::PathBuf;
 
 use anyhow::{Result, bail, ensure};
-use api::config::{ConsoleConfig, CpusConfig, DiskConfig, MemoryConfig, NetConfig, PayloadConfig, RngConfig};
+use api::config::{
+    ConsoleConfig, CpusConfig, DiskConfig, LandlockConfig, MemoryConfig, NetConfig, PayloadConfig, RngConfig,
+};
 use api::options::vmm::PathOrFd;
 use api::{RestoreConfig, VmConfig};
 use clap::{Arg, ArgAction, CommandFactory, FromArgMatches, Parser};
@@ -81,6 +83,15 @@ pub struct Args {
     #[arg(long, value_name = "true|false|log", default_value = "true", value_parser = seccomp_mode)]
     pub seccomp: sandbox::Mode,
 
+    /// Touch no other files than those that the VM's options (or its configuration) name.
+    #[arg(long)]
+    pub landlock: bool,
+
+    /// Files and directories beside those, each: path=PATH,access=r|w|rw. For example where snapshots go, the arbiter's
+    /// directory and certificates, when later requests will name them.
+    #[arg(long, value_name = "SPEC", num_args = 1.., requires = "landlock")]
+    pub landlock_rules: Vec<String>,
+
     /// Append the log to this file [default: standard error]
     #[arg(long, value_name = "FILE")]
     pub log_file: Option<PathBuf>,
@@ -122,8 +133,6 @@ const NOT_OFFERED: &[&str] = &[
     "generic-vhost-user",
     "host-data",
     "igvm",
-    "landlock",
-    "landlock-rules",
     "memory-zone",
     "no-shutdown",
     "numa",
@@ -179,6 +188,8 @@ impl Args {
 
     /// What the options ask for. Nothing of the host is touched.
     pub fn start(&self) -> Result<Start> {
+        // Wrong ones are a wrong command line, whatever the mode.
+        self.landlock_rules()?;
         let modes = [
             ("--kernel", self.kernel.is_some()),
             ("--restore", self.restore.is_some()),
@@ -252,6 +263,8 @@ impl Args {
         if let Some(text) = &self.console {
             config.console = ConsoleConfig::parse("--console", text)?;
         }
+        config.landlock_enable = self.landlock;
+        config.landlock_rules = Some(self.landlock_rules()?).filter(|rules| !rules.is_empty());
         config.fill_in()?;
         config.validate()?;
         Ok(Start::Boot(Box::new(config)))
@@ -296,6 +309,17 @@ impl Args {
             }
         }
         Ok(())
+    }
+
+    /// Rules of Landlock.
+    pub fn landlock_rules(&self) -> Result<Vec<LandlockConfig>> {
+        let parse = |text: &String| {
+            let rule = LandlockConfig::parse(text)?;
+            let known = sandbox::landlock::Access::parse(&rule.access).is_some();
+            ensure!(known, "--landlock-rules: access={} must be r, w or rw", rule.access);
+            Ok(rule)
+        };
+        self.landlock_rules.iter().map(parse).collect()
     }
 
     /// Where the API is served.
@@ -396,6 +420,26 @@ mod tests {
         assert_eq!(config.console, None);
         assert!(start(&["--ft-receive", "listen=tcp:h:1", "--cpus", "boot=1"]).is_err());
         assert!(start(&["--ft-receive", "listen=tcp:h:1", "--disk", "path=/b"]).is_err());
+    }
+
+    #[test]
+    fn landlock() {
+        let rule = "path=/snapshots,access=rw";
+        let args = [
+            "--kernel",
+            "/k",
+            "--landlock",
+            "--landlock-rules",
+            rule,
+            "path=/certs,access=r",
+        ];
+        let Start::Boot(config) = start(&args).unwrap() else {
+            panic!("no VM")
+        };
+        assert!(config.landlock_enable);
+        assert_eq!(config.landlock_rules.map(|rules| rules.len()), Some(2));
+        assert!(start(&["--kernel", "/k", "--landlock-rules", rule]).is_err());
+        assert!(start(&["--kernel", "/k", "--landlock", "--landlock-rules", "path=/x,access=x"]).is_err());
     }
 
     #[test]

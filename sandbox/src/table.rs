@@ -115,8 +115,8 @@ const EVERY: &[Call] = &[
     // A signal's handler may run on any thread and wakes the one that waits for signals.
     call(libc::SYS_sendto),
     // A panic gives the terminal back; TIOCSTI, which would type into it, is not here.
-    ioctl(libc::TCGETS as u64),
-    ioctl(libc::TCSETS as u64),
+    ioctl(libc::TCGETS),
+    ioctl(libc::TCSETS),
     call(libc::SYS_exit),
     call(libc::SYS_exit_group),
 ];
@@ -150,7 +150,7 @@ const STREAM: &[Call] = &[
     call(libc::SYS_setsockopt),
     call(libc::SYS_getsockname),
     call(libc::SYS_getpeername),
-    ioctl(libc::FIONBIO as u64),
+    ioctl(libc::FIONBIO),
     call(libc::SYS_poll),
     call(libc::SYS_ppoll),
 ];
@@ -180,7 +180,7 @@ const CONNECT: &[Call] = &[
     call(libc::SYS_bind),
     call(libc::SYS_listen),
     call(libc::SYS_sendmmsg),
-    ioctl(libc::FIONREAD as u64),
+    ioctl(libc::FIONREAD),
     // The resolver loads its plug-ins.
     call(libc::SYS_mmap),
     call(libc::SYS_mprotect),
@@ -263,16 +263,16 @@ const BLKGETSIZE64: u64 = 0x1272;
 const TAP_SETUP: &[Call] = &[
     socket(libc::AF_INET),
     socket(libc::AF_INET6),
-    ioctl(libc::TUNSETIFF as u64),
-    ioctl(libc::TUNSETVNETHDRSZ as u64),
-    ioctl(libc::TUNSETOFFLOAD as u64),
-    ioctl(libc::SIOCGIFFLAGS as u64),
-    ioctl(libc::SIOCSIFFLAGS as u64),
-    ioctl(libc::SIOCGIFINDEX as u64),
-    ioctl(libc::SIOCSIFHWADDR as u64),
-    ioctl(libc::SIOCSIFMTU as u64),
-    ioctl(libc::SIOCSIFADDR as u64),
-    ioctl(libc::SIOCSIFNETMASK as u64),
+    ioctl(libc::TUNSETIFF),
+    ioctl(libc::TUNSETVNETHDRSZ),
+    ioctl(libc::TUNSETOFFLOAD),
+    ioctl(libc::SIOCGIFFLAGS),
+    ioctl(libc::SIOCSIFFLAGS),
+    ioctl(libc::SIOCGIFINDEX),
+    ioctl(libc::SIOCSIFHWADDR),
+    ioctl(libc::SIOCSIFMTU),
+    ioctl(libc::SIOCSIFADDR),
+    ioctl(libc::SIOCSIFNETMASK),
 ];
 
 /// What a device does on the thread that happens to need it: a driver's or the VMM's wish to reset, hold or go on.
@@ -280,7 +280,7 @@ const DEVICE: &[Call] = &[
     call(libc::SYS_epoll_ctl),
     call(libc::SYS_io_uring_enter),
     call(libc::SYS_poll),
-    ioctl(libc::TUNSETOFFLOAD as u64),
+    ioctl(libc::TUNSETOFFLOAD),
     kvm(KVM_SIGNAL_MSI),
     kvm(KVM_SET_GSI_ROUTING),
     kvm(KVM_IRQFD),
@@ -330,7 +330,7 @@ const MACHINE_SETUP: &[Call] = &[
 ];
 
 /// The terminal that a guest's console is put on.
-const TERMINAL: &[Call] = &[ioctl(libc::TIOCGPGRP as u64), call(libc::SYS_getpgrp)];
+const TERMINAL: &[Call] = &[ioctl(libc::TIOCGPGRP), call(libc::SYS_getpgrp)];
 
 /// Groups of whoever builds, resets, restores or ends virtual machines.
 const MACHINE: &[&[Call]] = &[

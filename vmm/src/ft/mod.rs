@@ -11,11 +11,13 @@ mod consoles;
 mod protected;
 mod shadow;
 
+use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use api::{ApiError, Request, Response};
 use ft::config::{FtEnableConfig, FtInfo, FtReceiveConfig};
 use ft::{Backup, EventSink, FtEvent, Primary};
+use sandbox::landlock::Access;
 
 use crate::interrupts::lock;
 use crate::plugin::Plugin;
@@ -51,12 +53,31 @@ fn error(status: u16, code: &str, message: impl std::fmt::Display) -> ApiError {
 impl FtPlugin {
     /// `arbiter`: default for requests that name none. `adopt` gets the VM of a takeover.
     pub fn new(context: VmContext, arbiter: Option<String>, adopt: Adopt) -> Self {
+        if let Some(dir) = arbiter.as_deref().and_then(|a| a.strip_prefix("file:")) {
+            context.landlock.allow(dir, Access::READ_WRITE);
+        }
         Self {
             context,
             arbiter,
             adopt,
             changing: Mutex::default(),
             session: Mutex::new(Session::Off),
+        }
+    }
+
+    /// What this request names is left accessible when the VM comes.
+    fn allow(&self, config: &FtReceiveConfig) {
+        let landlock = &self.context.landlock;
+        if let Some(dir) = config.arbiter.as_deref().and_then(|a| a.strip_prefix("file:")) {
+            landlock.allow(dir, Access::READ_WRITE);
+        }
+        if let Some(tls) = &config.tls {
+            landlock.allow(&tls.dir, Access::READ);
+        }
+        // A socket's file is removed at the end.
+        let socket = config.listen.strip_prefix("unix:").map(Path::new);
+        if let Some(dir) = socket.and_then(Path::parent).filter(|dir| dir.exists()) {
+            landlock.allow(dir, Access::REMOVE);
         }
     }
 
@@ -133,6 +154,7 @@ impl FtPlugin {
             config.arbiter.clone_from(&self.arbiter);
         }
         end(self.put(Session::Off));
+        self.allow(&config);
         let host = VmShadowHost {
             context: self.context.clone(),
             overrides: config.clone(),
