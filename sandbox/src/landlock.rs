@@ -277,61 +277,6 @@ fn tell(task: i32) -> Result<(), Error> {
 mod tests {
     use super::*;
 
-    /// In a child, because restrictions stay. The child has one more thread, which was there before.
-    #[test]
-    fn all_threads_are_restricted_to_the_rules() {
-        let dir = tempfile::tempdir().unwrap();
-        let at = |name: &str| dir.path().join(name);
-        for name in ["read", "written", "other"] {
-            fs::write(at(name), "x").unwrap();
-        }
-        let program = std::env::current_exe().unwrap();
-        let output = std::process::Command::new(program)
-            .args(["--exact", "landlock::tests::child", "--nocapture", "--ignored"])
-            .env("SANDBOX_TEST_DIR", dir.path())
-            .output()
-            .unwrap();
-        let text = String::from_utf8_lossy(&output.stdout);
-        assert!(output.status.success() && text.contains("1 passed"), "{text}");
-        assert_eq!(fs::read_to_string(at("written")).unwrap(), "y");
-        assert!(!at("made").exists());
-    }
-
-    #[test]
-    #[ignore = "runs in a process of its own, started by another test"]
-    fn child() {
-        let dir = PathBuf::from(std::env::var_os("SANDBOX_TEST_DIR").unwrap());
-        let (ask, asked) = std::sync::mpsc::channel::<PathBuf>();
-        let (answer, answered) = std::sync::mpsc::channel();
-        std::thread::spawn(move || {
-            for path in asked {
-                answer.send(fs::read(path).is_ok()).unwrap();
-            }
-        });
-        let other_thread = |name: &str| {
-            ask.send(dir.join(name)).unwrap();
-            answered.recv().unwrap()
-        };
-        assert!(other_thread("other"));
-        let rules = [
-            Rule::new(dir.join("read"), Access::READ),
-            Rule::new(dir.join("written"), Access::READ_WRITE),
-            Rule::new("/proc/self", Access::READ),
-        ];
-        restrict(&rules).unwrap();
-        restrict(&rules).unwrap();
-        assert!(other_thread("read") && !other_thread("other"));
-        assert!(fs::read(dir.join("read")).is_ok());
-        assert!(fs::write(dir.join("read"), "y").is_err());
-        fs::write(dir.join("written"), "y").unwrap();
-        assert!(fs::read(dir.join("other")).is_err());
-        assert!(fs::write(dir.join("made"), "y").is_err());
-        assert!(fs::remove_file(dir.join("other")).is_err());
-        // A second set takes away what it does not name.
-        restrict(&rules[1..]).unwrap();
-        assert!(!other_thread("read") && other_thread("written"));
-    }
-
     #[test]
     fn a_path_that_is_not_there_is_named() {
         let error = ruleset(&[Rule::new("/nonexistent/disk", Access::READ)]).unwrap_err();

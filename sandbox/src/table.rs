@@ -90,6 +90,9 @@ const EVERY: &[Call] = &[
     call(libc::SYS_clock_nanosleep),
     call(libc::SYS_nanosleep),
     call(libc::SYS_gettimeofday),
+    call(libc::SYS_time),
+    // Asked, not set.
+    masked(libc::SYS_prlimit64, 2, 0xffff_ffff, 0),
     call(libc::SYS_restart_syscall),
     call(libc::SYS_sched_yield),
     call(libc::SYS_sched_getaffinity),
@@ -346,10 +349,6 @@ const MACHINE: &[&[Call]] = &[
     MACHINE_SETUP,
 ];
 
-/// Groups of FT's threads on the primary, any of which may do what the protocol decides: release outputs, hold or stop
-/// the VM, hand it back to its owner.
-const PROTECT: &[&[Call]] = &[EVERY, STREAM, FILE_IO, DEVICE];
-
 /// The row of a kind: all calls that its threads may make.
 pub fn calls(kind: ThreadKind) -> Vec<Call> {
     use ThreadKind as Kind;
@@ -374,9 +373,10 @@ pub fn calls(kind: ThreadKind) -> Vec<Call> {
         Kind::Virtio => vec![EVERY, WAIT, FILE_IO, DEVICE],
         Kind::DiskIo => vec![EVERY, FILE_IO],
         Kind::Announce => vec![EVERY, DEVICE],
-        Kind::FtControl => [PROTECT, &[KVM]].concat(),
-        Kind::FtReceiver | Kind::FtSender | Kind::FtPulse => PROTECT.to_vec(),
-        Kind::FtArbiter => [PROTECT, &[FILES, FILE_SETUP]].concat(),
+        Kind::FtControl => vec![EVERY, STREAM, FILE_IO, DEVICE, KVM],
+        // Any of them may release outputs: frames and console bytes, which are written to what is open.
+        Kind::FtReceiver | Kind::FtSender | Kind::FtPulse => vec![EVERY, STREAM],
+        Kind::FtArbiter => vec![EVERY, STREAM, FILES, FILE_IO],
         Kind::FtListen => vec![EVERY, STREAM, ACCEPT],
         Kind::FtAdmission => [MACHINE, &[STREAM, CONNECT, NARROW]].concat(),
         Kind::FtBackup => vec![EVERY, STREAM, FILE_IO],
