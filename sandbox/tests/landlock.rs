@@ -3,9 +3,31 @@
 use std::fs;
 use std::sync::mpsc::channel;
 
-use sandbox::landlock::{Access, Rule, restrict};
+use sandbox::landlock::{Access, Error, Rule, check, restrict};
+use seccompiler::{SeccompAction, SeccompFilter, TargetArch};
+
+/// In a child for which the kernel has no Landlock.
+fn a_kernel_without_it_is_told() {
+    // SAFETY: this process has only one thread.
+    let child = unsafe { libc::fork() };
+    if child == 0 {
+        let calls = [(libc::SYS_landlock_create_ruleset, Vec::new())].into();
+        let no_such_call = SeccompAction::Errno(libc::ENOSYS as u32);
+        let filter = SeccompFilter::new(calls, SeccompAction::Allow, no_such_call, TargetArch::x86_64);
+        let filter: seccompiler::BpfProgram = filter.and_then(TryInto::try_into).expect("a filter");
+        seccompiler::apply_filter(&filter).expect("seccomp");
+        let refused = matches!(check(), Err(Error::Unsupported));
+        std::process::exit(i32::from(!refused));
+    }
+    let mut status = 0;
+    // SAFETY: `status` is valid for the time of the call.
+    assert_eq!(unsafe { libc::waitpid(child, &mut status, 0) }, child);
+    assert_eq!(status, 0, "it is not noticed that there is no Landlock");
+}
 
 fn main() {
+    a_kernel_without_it_is_told();
+    check().expect("this kernel has Landlock");
     let dir = tempfile::tempdir().expect("a directory");
     let at = |name: &str| dir.path().join(name);
     for name in ["read", "written", "other"] {

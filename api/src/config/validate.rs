@@ -11,7 +11,8 @@ use super::{
 };
 
 /// Parts of `VmConfig` that this VMM offers.
-const SUPPORTED: &str = "cpus, memory, payload (kernel, cmdline, initramfs), disks, net, rng, serial, console";
+const SUPPORTED: &str = "cpus, memory, payload (kernel, cmdline, initramfs), disks, net, rng, serial, console, \
+    landlock_enable, landlock_rules";
 const SUPPORTED_CPUS: &str = "boot_vcpus, max_vcpus, topology (1 thread per core, 1 die per package, 1 package)";
 const SUPPORTED_MEMORY: &str = "size, mergeable, shared, hugepages, hugepage_size, prefault, thp";
 const SUPPORTED_DISK: &str = "path, readonly, direct, queue_size, id, serial, image_type (Raw), disable_io_uring";
