@@ -86,6 +86,7 @@ fn kvm_root_every_thread_is_filtered_whatever_the_vmm_does() -> Result<()> {
     primary.vmm.remote(&["ft", "disable"])?;
     loads.wait_progress(10)?;
     check(&primary, &[OWN, MACHINE].concat())?;
+    backup.vmm.wait_ft_state("listening", LIMIT)?;
     bed.protect(&mut primary, &mut backup)?;
     primary.vmm.remote(&["ft", "config", "max_lag_mib=8"])?;
     loads.wait_progress(20)?;
@@ -142,7 +143,7 @@ fn kvm_root_filters_can_be_switched_off() -> Result<()> {
     Ok(())
 }
 
-/// Options of Landlock with a directory for snapshots.
+/// Options of Landlock with what later requests will name: snapshots, arbiter, certificates.
 fn landlock(bed: &Bed) -> Result<Vec<String>> {
     let snapshots = bed.dir.join("snapshots");
     std::fs::create_dir_all(&snapshots)?;
@@ -152,12 +153,16 @@ fn landlock(bed: &Bed) -> Result<Vec<String>> {
         "--landlock-rules".into(),
         rule(snapshots.display().to_string(), "rw"),
         rule(bed.dir.join("arbiter").display().to_string(), "rw"),
+        rule(bed.dir.join("certs").display().to_string(), "r"),
     ])
 }
 
 #[test]
 fn kvm_root_a_protected_pair_lives_within_landlock() -> Result<()> {
-    let mut bed = Bed::new(Options::default())?;
+    let mut bed = Bed::new(Options {
+        tls: true,
+        ..Options::default()
+    })?;
     let locked = landlock(&bed)?;
     let serial = bed.dir.join("a1.serial");
     let args = [bed.vm_args(Side::A, &serial)?, locked.clone()].concat();
