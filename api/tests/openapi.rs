@@ -181,6 +181,7 @@ fn types() -> BTreeMap<&'static str, BTreeSet<String>> {
             ("FtReceiveConfig", names::<ft::config::FtReceiveConfig>()),
             ("FtDiskOverride", names::<ft::config::FtDiskOverride>()),
             ("FtNetOverride", names::<ft::config::FtNetOverride>()),
+            ("FtDurability", names::<ft::config::FtDurability>()),
             ("FtTls", names::<ft::config::FtTls>()),
             ("FtEnableConfig", names::<ft::config::FtEnableConfig>()),
             ("FtLimits", names::<ft::config::FtLimits>()),

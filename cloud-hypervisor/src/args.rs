@@ -104,15 +104,16 @@ pub struct Args {
     #[arg(long, value_name = "SPEC")]
     pub restore: Option<String>,
 
-    /// Be a backup: listen=tcp:HOST:PORT|unix:PATH[,arbiter=file:DIR][,tls=DIR[,tls_peer=NAME]][,insecure=on|off]; together
-    /// with --disk, --net, --serial and --console for what differs on this host. tls: take only primaries with a
-    /// certificate (DIR has ca.pem, cert.pem, key.pem), of this name if one is given. insecure=on allows plain TCP beyond
-    /// loopback.
+    /// Be a backup: listen=tcp:HOST:PORT|unix:PATH[,arbiter=ARBITER][,tls=DIR[,tls_peer=NAME]][,insecure=on|off]; together
+    /// with --disk, --net, --serial and --console for what differs on this host. ARBITER: as for --ft-arbiter. tls: take
+    /// only primaries with a certificate (DIR has ca.pem, cert.pem, key.pem), of this name if one is given. insecure=on
+    /// allows plain TCP beyond loopback.
     #[cfg(feature = "ft")]
     #[arg(long, value_name = "SPEC")]
     pub ft_receive: Option<String>,
 
-    /// Arbiter of fault tolerance, unless a request names one: file:DIR, a directory that both hosts share.
+    /// Arbiter of fault tolerance, unless a request names one: file:DIR, a directory that both hosts share, or
+    /// etcd:HOST:PORT[+HOST:PORT...][+ca=FILE[+cert=FILE+key=FILE]][+prefix=/PATH], an etcd cluster.
     #[cfg(feature = "ft")]
     #[arg(long, value_name = "ARBITER")]
     pub ft_arbiter: Option<String>,

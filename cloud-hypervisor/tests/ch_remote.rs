@@ -261,6 +261,30 @@ mod fault_tolerance {
     }
 
     #[test]
+    fn an_arbiter_goes_to_the_vmm_with_absolute_paths() {
+        let bed = with_script(vec![info(FtState::Protected)]);
+        let enable = ["ft", "enable", "--peer", "tcp:127.0.0.1:7000", "--no-wait", "--arbiter"];
+        bed.ok(&[&enable[..], &["etcd:a:2379+[::1]:2379+ca=ca.pem+prefix=/x"]].concat());
+        let requests = bed.vmm.requests.lock().unwrap().clone();
+        let Request::FtEnable(config) = &requests[0] else {
+            panic!("{requests:?}")
+        };
+        let arbiter = config.arbiter.as_deref().unwrap();
+        assert!(
+            arbiter.starts_with("etcd:a:2379+[::1]:2379+ca=/") && arbiter.ends_with("/ca.pem+prefix=/x"),
+            "{arbiter}"
+        );
+        for (bad, reason) in [
+            ("zk:a:1", "kind `zk` is not known"),
+            ("etcd:a", "`a` is neither HOST:PORT"),
+            ("etcd:a:1+user=x", "`user` is not supported"),
+        ] {
+            let answer = bed.fails(&[&enable[..], &[bad]].concat());
+            assert!(answer.contains(reason) && answer.contains("file:DIR"), "{answer}");
+        }
+    }
+
+    #[test]
     fn enable_fails_with_the_reason() {
         let mut failed = info(FtState::Failed);
         failed.reason = Some("the backup has 1 vCPU, the VM 2".into());

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 pub struct FtReceiveConfig {
     /// Where to listen: `tcp:HOST:PORT` or `unix:PATH`.
     pub listen: String,
-    /// Arbiter, overrides the one that the primary names (same register, reached otherwise): `file:DIR`.
+    /// Arbiter, overrides the one that the primary names (same register, reached otherwise): `file:DIR` or `etcd:HOST:PORT`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub arbiter: Option<String>,
     /// This host's files for the VM's disks, by device id; disks that are not named keep the primary's path.
@@ -46,6 +46,28 @@ pub struct FtTls {
     pub peer: Option<String>,
 }
 
+/// What a flush that the guest saw complete, in a committed epoch, survives (R5).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum FtDurability {
+    /// It is on the primary's disk and in the backup's memory: survives the loss of either host.
+    #[default]
+    MemoryOfBoth,
+    /// It is on both disks: survives power cuts of both hosts and the loss of one of the disks. A flush then takes the
+    /// time of the backup's disk, too.
+    DiskOfBoth,
+}
+
+impl FtDurability {
+    /// Its name in JSON.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::MemoryOfBoth => "memory-of-both",
+            Self::DiskOfBoth => "disk-of-both",
+        }
+    }
+}
+
 /// This host's file for a disk.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -72,7 +94,7 @@ pub struct FtNetOverride {
 pub struct FtEnableConfig {
     /// The backup's log channel: `tcp:HOST:PORT` or `unix:PATH`.
     pub peer: String,
-    /// Arbiter: `file:DIR`. Default: the VMM's `--ft-arbiter`.
+    /// Arbiter: `file:DIR` or `etcd:HOST:PORT`. Default: the VMM's `--ft-arbiter`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub arbiter: Option<String>,
     /// Allow plain TCP beyond loopback.
@@ -81,6 +103,9 @@ pub struct FtEnableConfig {
     /// Speak TLS.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tls: Option<FtTls>,
+    /// What flushes survive.
+    #[serde(default)]
+    pub durability: FtDurability,
     /// Limits; can be changed later with vm.ft-config.
     #[serde(default)]
     pub limits: FtLimits,
@@ -187,13 +212,15 @@ impl FtRole {
     }
 }
 
-/// Last, mean and 99th percentile of a measure.
+/// Last, mean, median and 99th percentile of a measure.
 #[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
 pub struct FtStat {
     /// Newest value.
     pub last: f64,
     /// Mean since FT was enabled.
     pub mean: f64,
+    /// Median (of the last few thousand values).
+    pub p50: f64,
     /// 99th percentile (of the last few thousand values).
     pub p99: f64,
 }
@@ -244,8 +271,8 @@ pub struct FtInfo {
     pub epoch: u64,
     /// Last committed epoch.
     pub committed: u64,
-    /// Flush durability policy (R5); `memory-of-both`: a completed flush of a committed epoch is in both hosts' memory or disk.
-    pub durability: String,
+    /// What a completed flush of a committed epoch survives (R5).
+    pub durability: FtDurability,
     /// Limits in force.
     pub limits: FtLimits,
     /// Pre-copy.
@@ -297,7 +324,7 @@ impl FtInfo {
             generation: 0,
             epoch: 0,
             committed: 0,
-            durability: DURABILITY.into(),
+            durability: FtDurability::default(),
             limits: FtLimits::default(),
             progress: FtProgress::default(),
             epochs_total: 0,
@@ -318,9 +345,6 @@ impl FtInfo {
         }
     }
 }
-
-/// The flush policy in force (R5): a committed flush is in the memory or on the disk of both hosts.
-pub const DURABILITY: &str = "memory-of-both";
 
 /// Body of PUT vm.ft-config: the limits to change; those that are not named stay as they are.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]

@@ -17,7 +17,10 @@ pub enum Error {
     #[error(transparent)]
     Arbiter(#[from] ArbiterError),
     /// The request names no arbiter and the VMM has no default.
-    #[error("no arbiter is named: give one (`--arbiter file:DIR`) or start the VMM with `--ft-arbiter file:DIR`")]
+    #[error(
+        "no arbiter is named: give one (`--arbiter file:DIR` or `--arbiter etcd:HOST:PORT`), or start the VMM \
+             with `--ft-arbiter`"
+    )]
     NoArbiter,
     /// A limit is out of range.
     #[error("limit {0}")]

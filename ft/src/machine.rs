@@ -113,7 +113,7 @@ pub enum DiskChange {
         /// The backing store may be given back.
         unmap: bool,
     },
-    /// A flush that the guest saw completed.
+    /// A flush that the guest asked for. A shadow is told of it only where flushes must reach its disk (R5).
     Flush,
 }
 

@@ -1,4 +1,4 @@
-//! Measures: last, mean, and 99th percentile of the last few thousand values.
+//! Measures: last, mean; median and 99th percentile of the last few thousand values.
 
 use crate::config::FtStat;
 
@@ -38,12 +38,16 @@ impl Stat {
             return FtStat::default();
         }
         let mut sorted = self.recent.clone();
-        let index = (sorted.len() * 99).div_ceil(100).max(1) - 1;
-        let (_, p99, _) = sorted.select_nth_unstable_by(index, f32::total_cmp);
+        let mut percentile = |percent: usize| {
+            let index = (sorted.len() * percent).div_ceil(100).max(1) - 1;
+            let (_, value, _) = sorted.select_nth_unstable_by(index, f32::total_cmp);
+            f64::from(*value)
+        };
         FtStat {
             last: self.last,
             mean: self.sum / self.count as f64,
-            p99: f64::from(*p99),
+            p50: percentile(50),
+            p99: percentile(99),
         }
     }
 }
@@ -62,6 +66,7 @@ mod tests {
             FtStat {
                 last: 100.0,
                 mean: 50.5,
+                p50: 50.0,
                 p99: 99.0
             }
         );

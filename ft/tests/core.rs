@@ -24,7 +24,14 @@ fn armed_primary() -> PrimaryState {
 
 fn armed_backup() -> BackupState {
     let mut backup = BackupState::new(7, TIMEOUT, 1 << 20, 1);
-    let actions = backup.step(backup::Event::Staged { epoch: 1, bytes: 1 }, ms(1));
+    let actions = backup.step(
+        backup::Event::Staged {
+            epoch: 1,
+            bytes: 1,
+            durable: false,
+        },
+        ms(1),
+    );
     assert!(actions.contains(&backup::Action::Send(ToPrimary::Ack(1))));
     backup
 }
@@ -95,13 +102,44 @@ fn a_primary_that_does_not_wait_for_acknowledgements_is_dropped() {
     let mut backup = armed_backup();
     for epoch in 2..100 {
         // Never applied, and more than the backlog: no acknowledgement.
-        let event = backup::Event::Staged { epoch, bytes: 2 << 20 };
+        let event = backup::Event::Staged {
+            epoch,
+            bytes: 2 << 20,
+            durable: false,
+        };
         if backup.step(event, ms(2)).contains(&backup::Action::Disconnect) {
             assert_eq!(epoch, 18);
             return assert!(backup.status().reason.unwrap().contains("acknowledged"));
         }
     }
     panic!("100 epochs staged");
+}
+
+#[test]
+fn r5_an_epoch_that_must_be_on_disk_is_acknowledged_once_it_is_applied() {
+    let mut backup = armed_backup();
+    let mut staged = |epoch, durable| {
+        backup.step(
+            backup::Event::Staged {
+                epoch,
+                bytes: 1,
+                durable,
+            },
+            ms(2),
+        )
+    };
+    let (ack, apply) = (
+        |epoch| backup::Action::Send(backup::ToPrimary::Ack(epoch)),
+        backup::Action::Apply,
+    );
+    assert_eq!(staged(2, false), [apply(2), ack(2)]);
+    assert_eq!(staged(3, true), [apply(3)]);
+    // What follows waits, too: acknowledgements are of everything before.
+    assert_eq!(staged(4, false), [apply(4)]);
+    let mut applied = |epoch| backup.step(backup::Event::Applied { epoch }, ms(3));
+    assert!(applied(2).is_empty());
+    assert_eq!(applied(3), [ack(4)]);
+    assert!(applied(4).is_empty());
 }
 
 #[test]

@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used)]
 
 use ft::audit::PageSum;
-use ft::config::FtLimits;
+use ft::config::{FtDurability, FtLimits};
 use ft::core::staging::Staging;
 use ft::machine::{DiskChange, DiskIdentity, Identity, Input, Output, PAGE_SIZE, PageRun, Refusal};
 use ft::wire::frame::{EndMarker, Frame, OutFrame, encode};
@@ -125,13 +125,15 @@ fn frame() -> impl Strategy<Value = Frame> {
         Just(Frame::Heartbeat),
         Just(Frame::Disarmed),
         (identity(), any::<u64>(), limits.clone()).prop_map(|(identity, generation, limits)| {
-            let (node, arbiter, token) = ("n".into(), "file:/x".into(), "t".into());
+            let (node, arbiter, store, token) = ("n".into(), "file:/x".into(), "s".into(), "t".into());
             Frame::Hello(Box::new(Hello {
                 node,
                 identity,
                 generation,
                 arbiter,
+                store,
                 token,
+                durability: FtDurability::DiskOfBoth,
                 limits,
             }))
         }),

@@ -24,7 +24,7 @@ use crate::vm::{self, GuestRequest, Holder, Vm, VmContext};
 pub struct VmmOptions {
     /// The event monitor.
     pub events: Events,
-    /// Arbiter for `ft enable` when the request names none: `file:DIR`.
+    /// Arbiter for `ft enable` when the request names none: `file:DIR` or `etcd:HOST:PORT`.
     pub ft_arbiter: Option<String>,
     /// Which files the process may touch.
     pub landlock: Landlock,

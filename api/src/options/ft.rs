@@ -17,7 +17,7 @@ pub const LIMITS: &[&str] = &[
     "audit_mib_s",
 ];
 
-/// `--ft-receive listen=tcp:HOST:PORT,arbiter=file:DIR,tls=DIR,tls_peer=NAME,insecure=on`
+/// `--ft-receive listen=tcp:HOST:PORT,arbiter=ARBITER,tls=DIR,tls_peer=NAME,insecure=on`
 pub fn receive(text: &str) -> Result<FtReceiveConfig, OptionError> {
     let mut options = Options::parse(
         "--ft-receive",
@@ -148,6 +148,8 @@ mod tests {
     fn a_backup() {
         let config = receive("listen=tcp:[::]:7000,insecure=on").unwrap();
         assert_eq!((config.listen.as_str(), config.insecure), ("tcp:[::]:7000", true));
+        let config = receive("listen=unix:/a,arbiter=etcd:a:1+[::1]:2+ca=/c,insecure=on").unwrap();
+        assert_eq!(config.arbiter.as_deref(), Some("etcd:a:1+[::1]:2+ca=/c"));
         assert_eq!(disk("id=_disk0,path=/b").unwrap().id, "_disk0");
         assert!(disk("id=_disk0").is_err());
         assert!(

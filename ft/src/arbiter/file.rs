@@ -2,47 +2,53 @@
 //!
 //! `<vm>.gen-<n>` is made by link(2), which is atomic on local file systems and on NFS: whoever makes it has won
 //! generation n. Its content, written and synced under a temporary name before, names the winner. Files are never
-//! changed or removed: a late contender for an old generation must still find out that it lost.
+//! changed or removed: a late contender for an old generation must still find out that it lost. `store.id` holds a random
+//! id, so that the empty directory below a mount point that was unmounted is not taken for a store.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 
+use super::memory::{Memory, corrupt, went_back};
+use super::record::{MAX_RECORD, check_name, record, store_in, store_record, winner_in};
 use super::{Arbiter, ArbiterError, Register, Verdict};
 
-/// More than any register file of ours has.
-const MAX_CONTENT: u64 = 512;
+/// Holds the store's id.
+const STORE_FILE: &str = "store.id";
 
 /// Test-and-set by link(2).
 pub struct FileArbiter {
     dir: PathBuf,
-}
-
-fn check_name(name: &str) -> Result<&str, ArbiterError> {
-    let good = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
-    if name.is_empty() || name.len() > 64 || !name.chars().all(good) {
-        return Err(ArbiterError::BadName(name.chars().take(80).collect()));
-    }
-    Ok(name)
-}
-
-fn content(vm_id: &str, generation: u64, node: &str) -> String {
-    let body = format!("vm {vm_id}\ngeneration {generation}\nwinner {node}\n");
-    let sum = crc32c::crc32c(body.as_bytes());
-    format!("{body}crc32c {sum:08x}\n")
+    memory: Memory,
 }
 
 impl FileArbiter {
     /// The directory must exist.
     pub fn open(dir: &Path) -> Result<Self, ArbiterError> {
-        let store = |source| ArbiterError::Store {
-            what: format!("directory {}", dir.display()),
-            source,
+        let arbiter = Self {
+            dir: dir.to_path_buf(),
+            memory: Memory::default(),
         };
-        if !fs::metadata(dir).map_err(store)?.is_dir() {
-            return Err(store(io::ErrorKind::NotADirectory.into()));
+        arbiter.is_there()?;
+        Ok(arbiter)
+    }
+
+    fn is_there(&self) -> Result<(), ArbiterError> {
+        if !fs::metadata(&self.dir).map_err(|e| self.failed(e))?.is_dir() {
+            return Err(self.failed(io::ErrorKind::NotADirectory.into()));
         }
-        Ok(Self { dir: dir.to_path_buf() })
+        Ok(())
+    }
+
+    fn place(&self) -> String {
+        format!("directory {}", self.dir.display())
+    }
+
+    fn failed(&self, source: io::Error) -> ArbiterError {
+        ArbiterError::Store {
+            what: self.place(),
+            source,
+        }
     }
 
     fn path(&self, vm_id: &str, generation: u64) -> PathBuf {
@@ -55,43 +61,90 @@ impl FileArbiter {
             .join(format!("{}.mark-{}", check_name(vm_id)?, check_name(token)?)))
     }
 
+    /// The content of a file; `None`: there is none of this name.
+    fn text(&self, path: &Path) -> Result<Option<String>, ArbiterError> {
+        let failed = |source| ArbiterError::Store {
+            what: format!("file {}", path.display()),
+            source,
+        };
+        let mut text = String::new();
+        let file = match File::open(path) {
+            Ok(file) => file,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(e) => return Err(failed(e)),
+        };
+        match file.take(MAX_RECORD).read_to_string(&mut text) {
+            Ok(_) => Ok(Some(text)),
+            Err(e) if e.kind() == io::ErrorKind::InvalidData => Ok(Some(String::new())),
+            Err(e) => Err(failed(e)),
+        }
+    }
+
     /// Who won `generation`; `None`: nobody yet.
     fn winner(&self, vm_id: &str, generation: u64) -> Result<Option<String>, ArbiterError> {
         let path = self.path(vm_id, generation);
-        let what = || format!("file {}", path.display());
-        let mut text = String::new();
-        let opened = match File::open(&path) {
-            Ok(file) => file,
-            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(source) => return Err(ArbiterError::Store { what: what(), source }),
+        let Some(text) = self.text(&path)? else { return Ok(None) };
+        let reason = "is not a register file of ours; nobody can be told the winner until it is repaired";
+        match winner_in(&text, vm_id, generation) {
+            Some(winner) => Ok(Some(winner)),
+            None => Err(corrupt(&format!("file {}", path.display()), reason)),
+        }
+    }
+
+    fn newest(&self, vm_id: &str) -> Result<Register, ArbiterError> {
+        let prefix = format!("{vm_id}.gen-");
+        let mut generation = 0;
+        for entry in fs::read_dir(&self.dir).map_err(|e| self.failed(e))? {
+            let name = entry.map_err(|e| self.failed(e))?.file_name();
+            let number = name
+                .to_str()
+                .and_then(|n| n.strip_prefix(&prefix))
+                .and_then(|n| n.parse().ok());
+            generation = generation.max(number.unwrap_or(0));
+        }
+        let winner = match generation {
+            0 => None,
+            _ => self.winner(vm_id, generation)?,
         };
-        match opened.take(MAX_CONTENT).read_to_string(&mut text) {
-            Ok(_) => {}
-            Err(e) if e.kind() == io::ErrorKind::InvalidData => text.clear(),
-            Err(source) => return Err(ArbiterError::Store { what: what(), source }),
+        Ok(Register { generation, winner })
+    }
+
+    /// The directory is the one that was met first, and has an id.
+    fn is_ours(&self) -> Result<String, ArbiterError> {
+        self.is_there()?;
+        let path = self.dir.join(STORE_FILE);
+        if self.text(&path)?.is_none() {
+            if let Some(first) = self.memory.store() {
+                let reason = format!("has no {STORE_FILE} any more, it was store {first}: unmounted or emptied?");
+                return Err(corrupt(&self.place(), reason));
+            }
+            let id = crate::primary::unique_name("store").map_err(|e| self.failed(io::Error::other(e)))?;
+            match self.link(&path, &format!(".{id}"), &store_record(&id)) {
+                Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(self.failed(e)),
+                _ => {}
+            }
         }
-        let node = text.lines().find_map(|line| line.strip_prefix("winner ")).unwrap_or("");
-        if check_name(node).is_err() || text != content(vm_id, generation, node) {
-            let reason =
-                "is not a register file of ours; nobody can be told the winner until it is repaired".to_string();
-            return Err(ArbiterError::Corrupt { place: what(), reason });
-        }
-        Ok(Some(node.to_string()))
+        let Some(id) = self.text(&path)?.as_deref().and_then(store_in) else {
+            let reason = "does not hold the id of a store of ours";
+            return Err(corrupt(&format!("file {}", path.display()), reason));
+        };
+        self.memory.met(&self.place(), &id)?;
+        Ok(id)
     }
 
     fn sync_dir(&self) -> io::Result<()> {
         File::open(&self.dir)?.sync_all()
     }
 
-    /// Writes the content under a name of `node`'s own, links it to `path`. `AlreadyExists`: somebody was first.
-    fn link(&self, path: &Path, vm_id: &str, generation: u64, node: &str) -> io::Result<()> {
-        let temporary = self.dir.join(format!(".{vm_id}.{generation}.{node}"));
+    /// Writes the content under the `temporary` name, links it to `path`. `AlreadyExists`: somebody was first.
+    fn link(&self, path: &Path, temporary: &str, content: &str) -> io::Result<()> {
+        let temporary = self.dir.join(temporary);
         let mut file = OpenOptions::new()
             .write(true)
             .create(true)
             .truncate(true)
             .open(&temporary)?;
-        file.write_all(content(vm_id, generation, node).as_bytes())?;
+        file.write_all(content.as_bytes())?;
         file.sync_all()?;
         let linked = fs::hard_link(&temporary, path);
         let _ = fs::remove_file(&temporary);
@@ -104,63 +157,63 @@ impl Arbiter for FileArbiter {
     fn test_and_set(&self, vm_id: &str, expected: u64, node: &str) -> Result<Verdict, ArbiterError> {
         check_name(vm_id)?;
         check_name(node)?;
-        let store = |source| ArbiterError::Store {
-            what: format!("directory {}", self.dir.display()),
-            source,
-        };
-        let corrupt = |reason: &str| {
-            let place = format!("register of {vm_id} in {}", self.dir.display());
-            ArbiterError::Corrupt {
-                place,
-                reason: reason.to_string(),
-            }
-        };
+        let place = format!("register of {vm_id} in {}", self.dir.display());
         let next = expected
             .checked_add(1)
-            .ok_or_else(|| corrupt("the generation is at its end"))?;
+            .ok_or_else(|| corrupt(&place, "the generation is at its end"))?;
+        let before = self.memory.register(vm_id);
+        self.is_ours()?;
         if self.winner(vm_id, next)?.is_none() {
-            // Looked at again: somebody may have been first in between.
-            if self.read(vm_id)?.generation > expected && self.winner(vm_id, next)?.is_none() {
-                return Err(corrupt("a generation is missing below the newest one"));
+            let newest = self.newest(vm_id)?;
+            if newest.generation < expected {
+                return Err(went_back(&place, vm_id, newest.generation, expected));
             }
-            match self.link(&self.path(vm_id, next), vm_id, next, node) {
-                Ok(()) => {}
-                // Also the answer to our own link(2) when the first reply of an NFS server was lost.
-                Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {}
-                Err(source) => return Err(store(source)),
+            if newest.generation == expected {
+                self.memory.saw(&place, vm_id, before.as_ref(), &newest)?;
+                let temporary = format!(".{vm_id}.{next}.{node}");
+                match self.link(&self.path(vm_id, next), &temporary, &record(vm_id, next, node)) {
+                    Ok(()) => {}
+                    // Also the answer to our own link(2) when the first reply of an NFS server was lost.
+                    Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {}
+                    Err(e) => return Err(self.failed(e)),
+                }
+            } else if self.winner(vm_id, next)?.is_none() {
+                // Looked at again: somebody may have been first in between.
+                return Err(corrupt(&place, "a generation is missing below the newest one"));
             }
         }
-        match self.winner(vm_id, next)? {
-            Some(winner) if winner == node => {
-                self.sync_dir().map_err(store)?;
-                Ok(Verdict::Won)
-            }
-            Some(winner) => Ok(Verdict::Lost { winner }),
-            None => Err(corrupt("a register file vanished while it was read")),
+        let winner = self
+            .winner(vm_id, next)?
+            .ok_or_else(|| corrupt(&place, "a register file vanished while it was read"))?;
+        if winner == node {
+            self.sync_dir().map_err(|e| self.failed(e))?;
         }
+        // Again: it may have been unmounted in between.
+        self.is_ours()?;
+        let now = Register {
+            generation: next,
+            winner: Some(winner.clone()),
+        };
+        let before = before.filter(|before| before.generation <= next);
+        self.memory.saw(&place, vm_id, before.as_ref(), &now)?;
+        Ok(if winner == node {
+            Verdict::Won
+        } else {
+            Verdict::Lost { winner }
+        })
     }
 
     fn read(&self, vm_id: &str) -> Result<Register, ArbiterError> {
-        let prefix = format!("{}.gen-", check_name(vm_id)?);
-        let store = |source| ArbiterError::Store {
-            what: format!("directory {}", self.dir.display()),
-            source,
-        };
-        let mut generation = 0;
-        for entry in fs::read_dir(&self.dir).map_err(store)? {
-            let name = entry.map_err(store)?.file_name();
-            let number = name
-                .to_str()
-                .and_then(|n| n.strip_prefix(&prefix))
-                .and_then(|n| n.parse().ok());
-            generation = generation.max(number.unwrap_or(0));
-        }
-        let winner = if generation == 0 {
-            None
-        } else {
-            self.winner(vm_id, generation)?
-        };
-        Ok(Register { generation, winner })
+        check_name(vm_id)?;
+        let before = self.memory.register(vm_id);
+        self.is_ours()?;
+        let register = self.newest(vm_id)?;
+        self.memory.saw(&self.place(), vm_id, before.as_ref(), &register)?;
+        Ok(register)
+    }
+
+    fn store_id(&self) -> Result<String, ArbiterError> {
+        self.is_ours()
     }
 
     fn mark(&self, vm_id: &str, token: &str) -> Result<(), ArbiterError> {
@@ -265,7 +318,7 @@ mod tests {
     fn foreign_content_is_an_error_and_never_a_win() {
         let (dir, arbiter) = arbiter();
         let file = dir.path().join("vm.gen-1");
-        let good = content("vm", 1, "a");
+        let good = record("vm", 1, "a");
         for bad in [
             "",
             "winner a\n",
@@ -286,7 +339,7 @@ mod tests {
         ));
         std::fs::write(&file, &good).unwrap();
         assert_eq!(arbiter.test_and_set("vm", 0, "a").unwrap(), Verdict::Won);
-        std::fs::write(dir.path().join("vm.gen-7"), content("vm", 7, "a")).unwrap();
+        std::fs::write(dir.path().join("vm.gen-7"), record("vm", 7, "a")).unwrap();
         assert!(matches!(
             arbiter.test_and_set("vm", 1, "a"),
             Err(ArbiterError::Corrupt { .. })
@@ -323,8 +376,59 @@ mod tests {
         ));
         assert!(matches!(
             super::super::open("etcd:h"),
-            Err(ArbiterError::BadDescription(_))
+            Err(ArbiterError::BadDescription { .. })
         ));
         assert!(super::super::open("file:/does/not/exist").is_err());
+    }
+
+    #[test]
+    fn an_unmounted_or_exchanged_store_is_not_ours() {
+        let (dir, arbiter) = arbiter();
+        let id = arbiter.store_id().unwrap();
+        assert_eq!(FileArbiter::open(dir.path()).unwrap().store_id().unwrap(), id);
+        let (mounted, away) = (dir.path().join("store.id"), dir.path().join("away"));
+        std::fs::rename(&mounted, &away).unwrap();
+        for _ in 0..2 {
+            let error = arbiter.test_and_set("vm", 0, "a").unwrap_err();
+            assert!(error.to_string().contains("unmounted"), "{error}");
+        }
+        assert!(matches!(arbiter.read("vm"), Err(ArbiterError::Corrupt { .. })));
+        // Somebody else takes the empty directory for a fresh store.
+        assert_ne!(FileArbiter::open(dir.path()).unwrap().store_id().unwrap(), id);
+        let error = arbiter.test_and_set("vm", 0, "a").unwrap_err();
+        assert!(error.to_string().contains("exchanged"), "{error}");
+        std::fs::write(&mounted, "x").unwrap();
+        assert!(matches!(arbiter.store_id(), Err(ArbiterError::Corrupt { .. })));
+        std::fs::rename(&away, &mounted).unwrap();
+        assert_eq!(arbiter.test_and_set("vm", 0, "a").unwrap(), Verdict::Won);
+    }
+
+    #[test]
+    fn a_store_that_went_back_is_never_won() {
+        let (dir, _) = arbiter();
+        let open = || FileArbiter::open(dir.path()).unwrap();
+        let first = open();
+        for (expected, node) in [(0, "a"), (1, "b")] {
+            assert_eq!(first.test_and_set("vm", expected, node).unwrap(), Verdict::Won);
+        }
+        let (late, waiting) = (open(), open());
+        assert_eq!(late.read("vm").unwrap().generation, 2);
+        assert_eq!(waiting.read("vm").unwrap().generation, 2);
+        std::fs::remove_file(dir.path().join("vm.gen-2")).unwrap();
+        // Even one that has seen nothing yet.
+        for arbiter in [&late, &open()] {
+            let error = arbiter.test_and_set("vm", 2, "a").unwrap_err();
+            assert!(error.to_string().contains("old backup"), "{error}");
+        }
+        assert!(matches!(late.read("vm"), Err(ArbiterError::Corrupt { .. })));
+        assert!(matches!(
+            late.test_and_set("vm", 1, "c"),
+            Err(ArbiterError::Corrupt { .. })
+        ));
+        // The same generation again, but another history.
+        assert_eq!(open().test_and_set("vm", 1, "c").unwrap(), Verdict::Won);
+        let error = waiting.test_and_set("vm", 2, "a").unwrap_err();
+        assert!(error.to_string().contains("old backup"), "{error}");
+        assert!(!dir.path().join("vm.gen-3").exists());
     }
 }

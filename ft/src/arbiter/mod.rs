@@ -4,23 +4,41 @@
 //! from g to g + 1 in one's own name. For every g there is exactly one winner for ever, so of two replicas that lose
 //! sight of each other one goes on and the other stops.
 //!
-//! * [`Arbiter`]: the border; [`FileArbiter`]: files on a directory that both hosts reach;
-//! * [`open`]: from an operator's `KIND:...` to an arbiter.
+//! * [`Arbiter`]: the border; [`FileArbiter`]: files on a directory that both hosts reach; `EtcdArbiter` (feature
+//!   `etcd`): keys in an etcd cluster;
+//! * [`description`]: an operator's `KIND:...`, taken apart; [`open`]: from there to an arbiter;
+//! * `record`: what a store holds for a won generation; `memory`: a store that is not the one of before is refused.
 
+pub mod description;
+#[cfg(feature = "etcd")]
+mod etcd;
 mod file;
+mod memory;
+mod record;
 
 use std::sync::Arc;
 
 use thiserror::Error;
 
+pub use description::Description;
+#[cfg(feature = "etcd")]
+pub use etcd::EtcdArbiter;
 pub use file::FileArbiter;
 
 /// Errors of an arbiter. None of them says who won: the caller must ask again.
 #[derive(Debug, Error)]
 pub enum ArbiterError {
     /// The description is malformed or of an unknown kind.
-    #[error("arbiter `{0}`: known kinds are file:DIR (a directory on storage that both hosts reach)")]
-    BadDescription(String),
+    #[error(
+        "arbiter `{text}`: {reason}; known kinds are file:DIR (a directory on storage that both hosts reach) and \
+         etcd:HOST:PORT[+HOST:PORT...][+ca=FILE[+cert=FILE+key=FILE]][+prefix=/PATH] (an etcd cluster)"
+    )]
+    BadDescription {
+        /// The description.
+        text: String,
+        /// What is wrong with it.
+        reason: String,
+    },
     /// The VM's or node's id cannot be used as a name.
     #[error("`{0}` cannot be a name in the arbiter: 1 to 64 letters, digits, `-` and `_`")]
     BadName(String),
@@ -29,10 +47,10 @@ pub enum ArbiterError {
     Store {
         /// What was tried, where.
         what: String,
-        /// The kernel's answer.
+        /// The kernel's or the store's answer.
         source: std::io::Error,
     },
-    /// The store's content is not ours.
+    /// The store's content is not ours, or not what it was.
     #[error("arbiter {place}: {reason}")]
     Corrupt {
         /// Where.
@@ -45,13 +63,13 @@ pub enum ArbiterError {
 impl ArbiterError {
     /// The request itself is wrong, not the store.
     pub fn is_request_error(&self) -> bool {
-        matches!(self, Self::BadDescription(_) | Self::BadName(_))
+        matches!(self, Self::BadDescription { .. } | Self::BadName(_))
     }
 
     /// Stable code for programs.
     pub fn code(&self) -> &'static str {
         match self {
-            Self::BadDescription(_) | Self::BadName(_) => "ft_bad_arbiter",
+            Self::BadDescription { .. } | Self::BadName(_) => "ft_bad_arbiter",
             Self::Store { .. } => "ft_arbiter_unreachable",
             Self::Corrupt { .. } => "ft_arbiter_corrupt",
         }
@@ -80,12 +98,17 @@ pub enum Verdict {
 }
 
 /// A test-and-set register per VM. Calls may block for as long as the store does.
+///
+/// An arbiter remembers the store that it met first and the registers that it saw. When the store is another one later,
+/// or has gone back to an earlier state, every answer is [`ArbiterError::Corrupt`].
 pub trait Arbiter: Send + Sync {
     /// Raises the generation of `vm_id` from `expected` to `expected + 1` in the name of `node`, unless that was done
     /// already.
     fn test_and_set(&self, vm_id: &str, expected: u64, node: &str) -> Result<Verdict, ArbiterError>;
     /// The present generation.
     fn read(&self, vm_id: &str) -> Result<Register, ArbiterError>;
+    /// The store's random id; made when there is none.
+    fn store_id(&self) -> Result<String, ArbiterError>;
     /// Leaves a mark that the other side looks for with [`Arbiter::sees`]: both then know that they use the same store.
     fn mark(&self, vm_id: &str, token: &str) -> Result<(), ArbiterError>;
     /// Whether the mark is there.
@@ -94,10 +117,16 @@ pub trait Arbiter: Send + Sync {
     fn unmark(&self, vm_id: &str, token: &str);
 }
 
-/// Opens the arbiter that `description` (`file:DIR`) names.
-pub fn open(description: &str) -> Result<Arc<dyn Arbiter>, ArbiterError> {
-    match description.split_once(':') {
-        Some(("file", dir)) if !dir.is_empty() => Ok(Arc::new(FileArbiter::open(dir.as_ref())?)),
-        _ => Err(ArbiterError::BadDescription(description.to_string())),
+/// Opens the arbiter that `text` names. Nobody is asked yet.
+pub fn open(text: &str) -> Result<Arc<dyn Arbiter>, ArbiterError> {
+    match text.parse()? {
+        Description::File(dir) => Ok(Arc::new(FileArbiter::open(&dir)?)),
+        #[cfg(feature = "etcd")]
+        Description::Etcd(cluster) => Ok(Arc::new(EtcdArbiter::open(cluster)?)),
+        #[cfg(not(feature = "etcd"))]
+        Description::Etcd(_) => Err(ArbiterError::BadDescription {
+            text: text.into(),
+            reason: "this build has no etcd (feature `etcd`)".into(),
+        }),
     }
 }

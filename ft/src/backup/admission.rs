@@ -146,7 +146,8 @@ fn admit(shared: &Shared, hello: &Hello) -> Result<(Arc<dyn Arbiter>, Box<dyn Sh
     let unusable = |e: arbiter::ArbiterError| refuse(e.code(), format!("the backup's arbiter is not usable: {e}"));
     let arbiter = arbiter::open(description).map_err(unusable)?;
     let vm_id = &hello.identity.vm_id;
-    if !arbiter.sees(vm_id, &hello.token).map_err(unusable)? {
+    let store = arbiter.store_id().map_err(unusable)?;
+    if store != hello.store || !arbiter.sees(vm_id, &hello.token).map_err(unusable)? {
         let message = format!(
             "the backup's arbiter {description} is not the primary's ({}): both must use the same store, or both could \
              run the VM",

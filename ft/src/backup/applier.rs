@@ -9,7 +9,7 @@ use crate::audit;
 use crate::core::Nanos;
 use crate::core::backup::Event;
 use crate::core::staging::StagedEpoch;
-use crate::machine::{MachineError, Output, PAGE_SIZE, Shadow, Takeover};
+use crate::machine::{DiskChange, MachineError, Output, PAGE_SIZE, Shadow, Takeover};
 use crate::primary::session::lock;
 
 /// What the applier is to do.
@@ -74,7 +74,7 @@ impl Checkpoints {
     }
 }
 
-fn apply(shadow: &mut dyn Shadow, staged: &StagedEpoch) -> Result<(), MachineError> {
+fn apply(session: &Session, shadow: &mut dyn Shadow, epoch: u64, staged: &StagedEpoch) -> Result<(), MachineError> {
     for (runs, data) in &staged.pages {
         let mut at = 0;
         for run in runs {
@@ -84,8 +84,19 @@ fn apply(shadow: &mut dyn Shadow, staged: &StagedEpoch) -> Result<(), MachineErr
         }
     }
     write_zeroes(shadow, &staged.zero)?;
-    for (disk, change) in &staged.disk {
+    let flush = |change: &DiskChange| *change == DiskChange::Flush;
+    for (disk, change) in staged
+        .disk
+        .iter()
+        .filter(|(_, change)| session.on_disk() || !flush(change))
+    {
         shadow.apply_disk(*disk, change)?;
+    }
+    if epoch == 1 && session.on_disk() {
+        let disks = session.hello.identity.disks.iter().enumerate();
+        for (disk, _) in disks.filter(|(_, disk)| !disk.readonly) {
+            shadow.apply_disk(disk as u16, &DiskChange::Flush)?;
+        }
     }
     audit::compare(shadow, &staged.audit)
 }
@@ -115,7 +126,7 @@ pub(super) fn run(session: &Arc<Session>, jobs: &crossbeam_channel::Receiver<Job
             Job::Apply(..) if broken => {}
             Job::Apply(epoch, staged) => {
                 let result = match lock(&session.shadow).as_deref_mut() {
-                    Some(shadow) => apply(shadow, &staged),
+                    Some(shadow) => apply(session, shadow, epoch, &staged),
                     None => return,
                 };
                 match result {

@@ -61,6 +61,7 @@ impl Session {
         info.epochs_total = status.committed;
         info.peer = Some(self.peer.clone());
         info.transport = Some(self.transport.clone());
+        info.durability = self.hello.durability;
         info.arbiter = Some(self.arbiter_description.clone());
         info.limits = lock(&self.limits).clone();
         let identity = &self.hello.identity;

@@ -13,7 +13,7 @@ use sandbox::ThreadKind;
 use super::applier::{self, Checkpoint, Checkpoints, Job};
 use super::report::Measures;
 use crate::arbiter::Arbiter;
-use crate::config::{FtInfo, FtLimits, FtRole, FtState};
+use crate::config::{FtDurability, FtInfo, FtLimits, FtRole, FtState};
 use crate::core::backup::{Action, BackupState, Event, FromPrimary, ToPrimary};
 use crate::core::ms;
 use crate::core::staging::Staging;
@@ -278,6 +278,11 @@ impl Session {
         });
     }
 
+    /// Flushes must reach this host's disks.
+    pub(super) fn on_disk(&self) -> bool {
+        self.hello.durability == FtDurability::DiskOfBoth
+    }
+
     /// The receiver: returns when the connection ends.
     fn receive(self: &Arc<Self>, mut reader: FrameReader<Stream>) {
         let mut heard = || self.heard.store(self.clock.now(), Ordering::Release);
@@ -339,11 +344,14 @@ impl Session {
             Frame::Audit { epoch, sums } => staging.audit(epoch, sums),
             Frame::State { epoch, data } => staging.state(epoch, &data),
             Frame::End(marker) => {
-                let bytes = staging.end(&marker).map_err(|e| e.to_string())?;
+                let (bytes, flushes) = staging.end(&marker).map_err(|e| e.to_string())?;
                 drop(staging);
+                // The first one ends pre-copy, whose disk blocks count from now on.
+                let durable = (flushes || marker.epoch == 1) && self.on_disk();
                 self.feed(Event::Staged {
                     epoch: marker.epoch,
                     bytes,
+                    durable,
                 });
                 return Ok(());
             }

@@ -1,8 +1,8 @@
 //! The backup's side of the protocol.
 //!
 //! An epoch that is staged whole counts: at a loss of the primary the backup becomes the VM as it was at the end of the
-//! last such epoch (R2), after a win of the arbiter (R4). The acknowledgement may come later than that, when applying
-//! lags behind: that bounds what is staged.
+//! last such epoch (R2), after a win of the arbiter (R4). The acknowledgement may come later than that: when applying lags
+//! behind, which bounds what is staged, and when the epoch must be on disk first (R5).
 
 use std::collections::VecDeque;
 
@@ -61,6 +61,8 @@ pub enum Event {
         epoch: u64,
         /// Its size.
         bytes: u64,
+        /// It must be on disk before it is acknowledged (R5).
+        durable: bool,
     },
     /// The oldest epoch handed to [`Action::Apply`] is in the shadow's RAM and disks.
     Applied {
@@ -158,8 +160,8 @@ pub struct BackupState {
     staged: u64,
     acked: u64,
     applied: u64,
-    /// Epochs staged and not applied, with their bytes.
-    unapplied: VecDeque<(u64, u64)>,
+    /// Epochs staged and not applied, with their bytes, and whether they must be on disk before they are acknowledged.
+    unapplied: VecDeque<(u64, u64, bool)>,
     backlog: u64,
     silence: Silence,
     times: Times,
@@ -254,7 +256,7 @@ impl BackupState {
         let mut out = Vec::new();
         match event {
             Event::Tick { heard } => self.tick(heard, now, &mut out),
-            Event::Staged { epoch, bytes } => self.staged(epoch, bytes, now, &mut out),
+            Event::Staged { epoch, bytes, durable } => self.staged(epoch, bytes, durable, now, &mut out),
             Event::Applied { epoch } => self.has_applied(epoch, &mut out),
             Event::ApplyFailed(reason) => self.broken(format!("an epoch cannot be applied: {reason}"), &mut out),
             Event::Peer(message) => self.peer(message, now, &mut out),
@@ -310,7 +312,7 @@ impl BackupState {
         }
     }
 
-    fn staged(&mut self, epoch: u64, bytes: u64, now: Nanos, out: &mut Vec<Action>) {
+    fn staged(&mut self, epoch: u64, bytes: u64, durable: bool, now: Nanos, out: &mut Vec<Action>) {
         if !self.takes_data() {
             return;
         }
@@ -328,25 +330,27 @@ impl BackupState {
             self.silence = Silence::new(self.timeout, now);
         }
         self.staged = epoch;
-        self.unapplied.push_back((epoch, bytes));
+        self.unapplied.push_back((epoch, bytes, durable));
         out.push(Action::Apply(epoch));
         self.acknowledge(out);
     }
 
     fn acknowledge(&mut self, out: &mut Vec<Action>) {
-        let waiting: u64 = self.unapplied.iter().map(|(_, bytes)| bytes).sum();
+        let waiting: u64 = self.unapplied.iter().map(|(_, bytes, _)| bytes).sum();
+        let durable = self.unapplied.iter().find(|(.., durable)| *durable);
+        let until = durable.map_or(self.staged, |(epoch, ..)| epoch - 1);
         if matches!(self.phase, Phase::Armed)
-            && self.acked < self.staged
+            && self.acked < until
             && (waiting <= self.backlog || self.unapplied.len() <= 1)
         {
-            self.acked = self.staged;
+            self.acked = until;
             out.push(Action::Send(ToPrimary::Ack(self.acked)));
         }
     }
 
     fn has_applied(&mut self, epoch: u64, out: &mut Vec<Action>) {
         self.applied = self.applied.max(epoch);
-        while self.unapplied.front().is_some_and(|(e, _)| *e <= epoch) {
+        while self.unapplied.front().is_some_and(|(e, ..)| *e <= epoch) {
             self.unapplied.pop_front();
         }
         self.acknowledge(out);

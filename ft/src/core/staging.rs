@@ -95,6 +95,7 @@ pub struct StagedEpoch {
     pub state: Vec<u8>,
     /// Nanoseconds from the checkpoint to the sending of its end marker.
     pub age_ns: u64,
+    flushes: bool,
     page_count: u64,
     zero_count: u64,
     output_count: u64,
@@ -234,7 +235,9 @@ impl Staging {
         } else {
             0
         };
-        self.count_log(epoch, bytes)?.disk.push((disk, change));
+        let staged = self.count_log(epoch, bytes)?;
+        staged.flushes |= change == DiskChange::Flush;
+        staged.disk.push((disk, change));
         Ok(())
     }
 
@@ -299,8 +302,8 @@ impl Staging {
         Ok(())
     }
 
-    /// The epoch is said to be complete. Returns its size.
-    pub fn end(&mut self, marker: &EndMarker) -> Result<u64, StagingError> {
+    /// The epoch is said to be complete. Returns its size, and whether the guest flushed a disk in it.
+    pub fn end(&mut self, marker: &EndMarker) -> Result<(u64, bool), StagingError> {
         let epoch = marker.epoch;
         if epoch != self.whole + 1 {
             return Err(StagingError::Epoch {
@@ -328,9 +331,9 @@ impl Staging {
             }
         }
         staged.age_ns = marker.age_ns;
-        let bytes = staged.bytes();
+        let whole = (staged.bytes(), staged.flushes);
         self.whole = epoch;
-        Ok(bytes)
+        Ok(whole)
     }
 
     /// The last epoch that is whole.

@@ -94,6 +94,7 @@ pub(super) fn connect(
     let vm_id = identity.vm_id.clone();
     let id = vm_id.clone();
     let register = ask(&arbiter, move |arbiter| arbiter.read(&id))?;
+    let store = ask(&arbiter, |arbiter| arbiter.store_id())?;
     let (node, token) = (unique_name("primary")?, unique_name("mark")?);
     let (id, mark) = (vm_id.clone(), token.clone());
     ask(&arbiter, move |arbiter| arbiter.mark(&id, &mark))?;
@@ -121,8 +122,10 @@ pub(super) fn connect(
         identity: identity.clone(),
         generation,
         arbiter: description.clone(),
+        store,
         token,
         limits: config.limits.clone(),
+        durability: config.durability,
     };
     let timeouts = stream
         .set_write_timeout(Some(CONNECT_TIMEOUT))
@@ -155,6 +158,7 @@ pub(super) fn connect(
         peer: config.peer,
         transport,
         generation,
+        durability: config.durability,
         limits: config.limits,
         outbox,
         clock,

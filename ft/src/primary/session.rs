@@ -11,7 +11,7 @@ use std::time::Duration;
 use sandbox::ThreadKind;
 
 use crate::arbiter::{Arbiter, Verdict};
-use crate::config::{FtInfo, FtLimits, FtRole, FtState};
+use crate::config::{FtDurability, FtInfo, FtLimits, FtRole, FtState};
 use crate::core::arbitration::Answer;
 use crate::core::primary::{Action, Event, FromBackup, PrimaryState, ToBackup};
 use crate::core::{MAX_IN_FLIGHT, Nanos};
@@ -40,6 +40,7 @@ pub struct SessionParts {
     pub(super) node: String,
     pub(super) peer: String,
     pub(super) transport: String,
+    pub(super) durability: FtDurability,
     pub(super) generation: u64,
     pub(super) limits: FtLimits,
     pub(super) outbox: Outbox,
@@ -93,6 +94,7 @@ pub struct Session {
     node: String,
     peer: String,
     transport: String,
+    durability: FtDurability,
     pub(super) core: Mutex<PrimaryState>,
     announced: Mutex<Option<Status>>,
     /// The VM was stopped for good. Only then the state says so: whoever reads `stopped` may count on it (R4).
@@ -143,6 +145,7 @@ impl Session {
                 node: parts.node,
                 peer: parts.peer,
                 transport: parts.transport,
+                durability: parts.durability,
                 core: Mutex::new(core),
                 announced: Mutex::new(None),
                 stopped: AtomicBool::new(false),
@@ -443,6 +446,7 @@ impl Session {
         (info.generation, info.epoch, info.committed) = (status.generation, status.epoch, status.committed);
         info.peer = Some(self.peer.clone());
         info.transport = Some(self.transport.clone());
+        info.durability = self.durability;
         info.arbiter = Some(self.arbiter_description.clone());
         info.limits = lock(&self.limits).clone();
         (info.outputs_waiting, _) = self.interposer.waiting();

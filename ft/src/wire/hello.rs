@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::config::FtLimits;
+use crate::config::{FtDurability, FtLimits};
 use crate::machine::{Identity, Refusal};
 
 /// First frame of the primary.
@@ -16,10 +16,14 @@ pub struct Hello {
     pub generation: u64,
     /// Its arbiter, as `KIND:...`.
     pub arbiter: String,
+    /// The store of that arbiter: the backup's must have the same id.
+    pub store: String,
     /// A mark that it left in the arbiter: the backup must find it there.
     pub token: String,
     /// Its limits.
     pub limits: FtLimits,
+    /// What flushes survive.
+    pub durability: FtDurability,
 }
 
 /// Two hosts' TSC frequencies may differ by one part in so many: the kernel measures them anew at each boot.

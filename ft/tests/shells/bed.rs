@@ -108,7 +108,7 @@ impl Drop for Relay {
 
 pub type Seen = Arc<Mutex<Vec<(String, String)>>>;
 
-fn sink(name: &str, seen: &Seen) -> EventSink {
+pub fn sink(name: &str, seen: &Seen) -> EventSink {
     let (name, seen) = (name.to_string(), seen.clone());
     Arc::new(move |event| lock(&seen).push((name.clone(), event.event.to_string())))
 }
@@ -183,6 +183,7 @@ impl Bed {
             arbiter: Some(format!("file:{}", self.arbiter("p").display())),
             insecure: false,
             tls: None,
+            durability: FtDurability::default(),
             limits: limits(),
         }
     }

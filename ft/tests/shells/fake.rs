@@ -221,6 +221,18 @@ impl FakeVm {
         .is_some()
     }
 
+    /// The guest flushes its disk, and tells the world.
+    pub fn flush_and_send(&self) {
+        let flushed = self.run(|vm| {
+            if let Some(i) = lock(&vm.interposer).clone() {
+                i.log_disk(0, DiskChange::Flush);
+            }
+        });
+        if flushed.is_some() {
+            self.count_and_send();
+        }
+    }
+
     pub fn zero_disk(&self, offset: u64, len: u64) {
         self.run(|vm| {
             lock(&vm.contents).disks[0][offset as usize..][..len as usize].fill(0);
@@ -372,6 +384,8 @@ pub struct FakeHost {
     pub fail_activation: Mutex<bool>,
     pub fail_apply: Arc<Mutex<bool>>,
     pub slow_apply: Arc<Mutex<Duration>>,
+    /// Disks that were flushed.
+    pub flushes: Mutex<Vec<u16>>,
 }
 
 impl FakeHost {
@@ -384,6 +398,7 @@ impl FakeHost {
             fail_activation: Mutex::default(),
             fail_apply: Arc::default(),
             slow_apply: Arc::default(),
+            flushes: Mutex::default(),
         })
     }
 
@@ -438,7 +453,7 @@ impl Shadow for FakeShadow {
         match change {
             DiskChange::Write { offset, data } => bytes[*offset as usize..][..data.len()].copy_from_slice(data),
             DiskChange::Zero { offset, len, .. } => bytes[*offset as usize..][..*len as usize].fill(0),
-            DiskChange::Flush => {}
+            DiskChange::Flush => self.host.flushes.lock().unwrap().push(disk),
         }
         Ok(())
     }

@@ -3,9 +3,19 @@
 #![allow(clippy::unwrap_used)]
 
 mod bed;
+#[cfg(feature = "etcd")]
+#[path = "../etcd/cluster.rs"]
+#[allow(dead_code)]
+mod cluster;
 mod cycles;
+#[cfg(feature = "etcd")]
+mod etcd;
 mod fake;
 mod loss;
 mod normal;
 mod refusal;
+mod secure;
+#[cfg(feature = "etcd")]
+#[path = "../etcd/tls.rs"]
+#[allow(dead_code)]
 mod tls;

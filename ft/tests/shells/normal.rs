@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use ft::config::{FtLimitsPatch, FtState};
+use ft::config::{FtDurability, FtLimitsPatch, FtState};
 use ft::machine::Output;
 
 use crate::bed::{Bed, eventually};
@@ -232,4 +232,37 @@ fn a_slow_backup_slows_the_guest_down_and_never_drops_protection() {
     );
     assert_eq!(bed.primary().info().state, FtState::Protected);
     assert!(lock(&bed.vm.throttled).iter().any(|percent| *percent < 100));
+}
+
+#[test]
+fn r5_flushes_reach_the_backups_disk_before_the_outside_learns_of_them() {
+    let mut bed = Bed::new(FakeVm::new(identity("vm")));
+    let config = ft::config::FtEnableConfig {
+        durability: FtDurability::DiskOfBoth,
+        ..bed.config()
+    };
+    bed.primary = Some(bed.try_enable(config).unwrap());
+    bed.wait_primary(FtState::Protected);
+    assert_eq!(bed.backup().info().durability, FtDurability::DiskOfBoth);
+    // The first copy was flushed before it counted.
+    assert_eq!(*lock(&bed.host.flushes), [0]);
+    for n in 1..=20 {
+        bed.vm.write_disk(n * 512, &[n as u8; 512]);
+        bed.vm.flush_and_send();
+        eventually("output", || bed.vm.sent().len() == n as usize);
+        assert!(
+            lock(&bed.host.flushes).len() > n as usize,
+            "output {n} left before the flush"
+        );
+    }
+}
+
+#[test]
+fn flushes_are_left_to_the_backups_kernel_unless_told_otherwise() {
+    let mut bed = Bed::new(FakeVm::new(identity("vm")));
+    bed.protect();
+    bed.vm.flush_and_send();
+    eventually("output", || bed.vm.sent() == [1]);
+    bed.primary().failover().unwrap();
+    assert!(lock(&bed.host.flushes).is_empty());
 }

@@ -334,11 +334,12 @@ impl World {
             return;
         }
         match self.b.staging.end(marker) {
-            Ok(bytes) => {
+            Ok((bytes, _)) => {
                 self.b.whole = marker.epoch;
                 self.backup_step(Event::Staged {
                     epoch: marker.epoch,
                     bytes,
+                    durable: false,
                 });
             }
             Err(e) => self.violated("R6", format!("a correct primary is accused: {e}")),
@@ -359,6 +360,10 @@ impl World {
             });
         }
         self.b.whole = epoch;
-        self.backup_step(Event::Staged { epoch, bytes: 0 });
+        self.backup_step(Event::Staged {
+            epoch,
+            bytes: 0,
+            durable: false,
+        });
     }
 }

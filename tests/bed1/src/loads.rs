@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail};
 use load::control::{Control, Status};
 use load::kv::{self, SharedModel};
 use load::model::{DiskReport, Model, SECTOR};
-use load::{CONTROL_PORT, ECHO_PORT, KV_PORT, Load, SINK_PORT, SOURCE_PORT, Verdict, bulk, control, echo};
+use load::{CONTROL_PORT, ECHO_PORT, KV_PORT, Load, SINK_PORT, SOURCE_PORT, Verdict, bulk, control, echo, udp};
 
 use crate::netns::{Network, guest};
 use crate::pair::Bed;
@@ -34,6 +34,12 @@ pub struct Options {
     pub source: usize,
     /// Bytes per second of each bulk connection (0: no limit).
     pub bulk_bytes_per_s: u64,
+    /// UDP echoes, one each millisecond.
+    pub udp: bool,
+    /// The guest computes on its last processor.
+    pub burn: bool,
+    /// The guest's counter is asked for.
+    pub counter: bool,
     /// Pages per second and working set of the guest's dirtier.
     pub dirty: (u64, u64),
     /// Seed of contents.
@@ -51,6 +57,9 @@ impl Options {
             sink,
             source,
             bulk_bytes_per_s: 2 << 20,
+            udp: false,
+            burn: false,
+            counter: true,
             dirty: (5000, 2000),
             seed,
         }
@@ -65,6 +74,9 @@ impl Options {
             sink: 0,
             source: 0,
             bulk_bytes_per_s: 0,
+            udp: false,
+            burn: false,
+            counter: true,
             dirty: (0, 0),
             seed: 1,
         }
@@ -138,7 +150,13 @@ impl Loads {
         }
         let mut control = Control::open(dial, guest(CONTROL_PORT))?;
         control.dirty(options.dirty.0, options.dirty.1)?;
-        loads.push(control::counter(dial, guest(CONTROL_PORT), Duration::from_millis(5))?);
+        control.burn(options.burn)?;
+        if options.udp {
+            loads.push(udp::start(dial, guest(ECHO_PORT), 64, Duration::from_millis(1))?.0);
+        }
+        if options.counter {
+            loads.push(control::counter(dial, guest(CONTROL_PORT), Duration::from_millis(5))?);
+        }
         let this = Self {
             model: model.clone(),
             control,

@@ -32,8 +32,12 @@ pub struct Options {
     /// Silence after which the other side counts as dead. Longer than the product's default, so that a machine that is
     /// busy with other work does not look like a dead one; a killed process is noticed by its closed connection.
     pub heartbeat_timeout_ms: u32,
+    /// Further limits, as for `ft enable --limits`.
+    pub limits: Vec<String>,
     /// The log channel is TLS.
     pub tls: bool,
+    /// Flush durability policy.
+    pub durability: &'static str,
 }
 
 impl Default for Options {
@@ -44,7 +48,9 @@ impl Default for Options {
             disk_mib: 16,
             cmdline: String::new(),
             heartbeat_timeout_ms: 3000,
+            limits: Vec::new(),
             tls: false,
+            durability: "memory-of-both",
         }
     }
 }
@@ -326,10 +332,17 @@ impl Bed {
             &backup.peer,
             "--arbiter",
             &arbiter,
+            "--durability",
+            self.options.durability,
             "--limits",
             &limit,
         ];
-        [args.map(String::from).to_vec(), self.security(backup.side.other())].concat()
+        [
+            args.map(String::from).to_vec(),
+            self.options.limits.clone(),
+            self.security(backup.side.other()),
+        ]
+        .concat()
     }
 
     /// Keeps the directory, for a look at logs and disks.

@@ -1,6 +1,7 @@
 //! One VMM process of the bed, and the client that speaks to it.
 
 use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -152,6 +153,44 @@ impl Vmm {
             !name.starts_with("iou-") && !name.starts_with("api-worker")
         };
         Ok((of("fd")?.count(), of("task")?.flatten().filter(stays).count()))
+    }
+
+    /// MiB that it has in memory beyond guest RAM, whose mapping is its largest.
+    pub fn memory_mib(&self) -> Result<f64> {
+        let maps = std::fs::read_to_string(format!("/proc/{}/smaps", self.pid()))?;
+        let kib = |line: &str, key: &str| -> Option<u64> {
+            let rest = line.strip_prefix(key)?.trim();
+            rest.strip_suffix("kB")?.trim().parse().ok()
+        };
+        let (mut size, mut largest, mut of_largest, mut all) = (0, 0, 0, 0);
+        for line in maps.lines() {
+            size = kib(line, "Size:").unwrap_or(size);
+            if let Some(resident) = kib(line, "Rss:") {
+                all += resident;
+                if size > largest {
+                    (largest, of_largest) = (size, resident);
+                }
+            }
+        }
+        Ok((all - of_largest) as f64 / 1024.0)
+    }
+
+    /// Flips a bit in the middle of guest RAM, as broken memory would. RAM is the largest mapping.
+    pub fn flip_ram_bit(&self) -> Result<()> {
+        let maps = std::fs::read_to_string(format!("/proc/{}/maps", self.pid()))?;
+        let ranges = maps.lines().filter_map(|line| {
+            let (start, end) = line.split_once(' ')?.0.split_once('-')?;
+            Some((u64::from_str_radix(start, 16).ok()?, u64::from_str_radix(end, 16).ok()?))
+        });
+        let (start, end) = ranges.max_by_key(|(start, end)| end - start).context("no mappings")?;
+        let middle = start + (end - start) / 2;
+        let memory = File::options()
+            .read(true)
+            .write(true)
+            .open(format!("/proc/{}/mem", self.pid()))?;
+        let mut byte = [0];
+        memory.read_exact_at(&mut byte, middle)?;
+        Ok(memory.write_all_at(&[byte[0] ^ 4], middle)?)
     }
 
     /// Path of its API socket.

@@ -64,9 +64,10 @@ fn kvm_root_primaries_killed_under_each_load() -> Result<()> {
 }
 
 #[test]
-fn kvm_root_primaries_killed_over_tls() -> Result<()> {
+fn kvm_root_primaries_killed_over_tls_with_flushes_on_both_disks() -> Result<()> {
     let mut bed = Bed::new(Options {
         tls: true,
+        durability: "disk-of-both",
         ..Options::default()
     })?;
     let mut results = Results::default();

@@ -35,6 +35,19 @@ fn kvm_root_cut_both_ways_leaves_one_side() -> Result<()> {
 }
 
 #[test]
+fn kvm_root_r6_a_flipped_bit_in_the_shadows_ram_is_found() -> Result<()> {
+    let mut pair = proxied()?;
+    pair.primary.vmm.remote(&["ft", "config", "audit_mib_s=512"])?;
+    pair.backup.vmm.flip_ram_bit()?;
+    pair.primary.vmm.wait_ft_state("failed", LIMIT)?;
+    let reason = pair.primary.vmm.ft_info()?["reason"].to_string();
+    ensure!(reason.contains("audit: the RAM page at 0x"), "{reason}");
+    pair.loads.wait_progress(5)?;
+    let disk = pair.primary.disk.clone();
+    pair.loads.verify(&disk).map(drop)
+}
+
+#[test]
 fn kvm_root_silence_both_ways_leaves_one_side() -> Result<()> {
     let mut pair = proxied()?;
     pair.proxy.forward().stall(true);

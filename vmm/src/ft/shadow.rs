@@ -244,8 +244,7 @@ impl Shadow for VmShadow {
                 let file = self.checked_disk(disk, *offset, *len)?;
                 zero_range(file, *offset, *len, *unmap).map_err(machine_error)
             }
-            // Durability policy `memory-of-both`: the commit, not the disk, carries the flush (R5).
-            DiskChange::Flush => self.checked_disk(disk, 0, 0).map(|_| ()),
+            DiskChange::Flush => self.checked_disk(disk, 0, 0)?.sync_data().map_err(machine_error),
         }
     }
 

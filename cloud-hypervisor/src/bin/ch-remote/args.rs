@@ -160,7 +160,8 @@ pub struct Receive {
     /// virtio console after a takeover: off, null, tty or file=PATH [default: as on the primary]
     #[arg(long, value_name = "MODE")]
     pub console: Option<String>,
-    /// Arbiter, where this host reaches it otherwise than the primary: file:DIR [default: what the primary names]
+    /// Arbiter, where this host reaches it otherwise than the primary: as for `ft enable` [default: what the primary
+    /// names]
     #[arg(long, value_name = "ARBITER")]
     pub arbiter: Option<String>,
     #[command(flatten)]
@@ -177,7 +178,9 @@ pub struct Enable {
     /// The waiting backup: tcp:HOST:PORT or unix:PATH
     #[arg(long, value_name = "ADDRESS")]
     pub peer: String,
-    /// Arbiter: file:DIR, a directory that both hosts share [default: the VMM's --ft-arbiter]
+    /// Arbiter: file:DIR, a directory that both hosts share, or
+    /// etcd:HOST:PORT[+HOST:PORT...][+ca=FILE[+cert=FILE+key=FILE]][+prefix=/PATH], an etcd cluster [default: the VMM's
+    /// --ft-arbiter]
     #[arg(long, value_name = "ARBITER")]
     pub arbiter: Option<String>,
     #[command(flatten)]
@@ -185,6 +188,10 @@ pub struct Enable {
     /// Allow plain TCP beyond loopback: the log channel carries the guest's whole memory
     #[arg(long)]
     pub insecure: bool,
+    /// What a flush that the guest saw complete survives: memory-of-both (the loss of either host) or disk-of-both (also a
+    /// power cut of both; flushes then wait for the backup's disk)
+    #[arg(long, value_name = "POLICY", default_value = "memory-of-both", value_parser = ["memory-of-both", "disk-of-both"])]
+    pub durability: String,
     /// Limits as for `ft config`, for example max_epoch_ms=50,precopy_mib_s=200
     #[arg(long, value_name = "KEY=VALUE", num_args = 1..)]
     pub limits: Vec<String>,

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, bail};
 use api::Client;
 use api::options::ft as options;
-use ft::config::{FtEnableConfig, FtInfo, FtLimits, FtProgress, FtState};
+use ft::config::{FtDurability, FtEnableConfig, FtInfo, FtLimits, FtProgress, FtState};
 
 use super::info::bytes;
 use crate::args::Enable;
@@ -24,6 +24,11 @@ pub fn run(client: &Client, args: &Enable, json: bool) -> Result<()> {
         arbiter: args.arbiter.as_deref().map(super::arbiter).transpose()?,
         insecure: args.insecure,
         tls: super::tls(&args.tls)?,
+        durability: if args.durability == FtDurability::DiskOfBoth.name() {
+            FtDurability::DiskOfBoth
+        } else {
+            FtDurability::MemoryOfBoth
+        },
         limits: options::limits(&args.limits)?.apply(&FtLimits::default()),
     };
     client.put_json("vm.ft-enable", &config)?;

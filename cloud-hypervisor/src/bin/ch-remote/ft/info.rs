@@ -36,9 +36,10 @@ fn row(name: &str, value: &str) {
 
 fn stat(name: &str, stat: &FtStat, show: impl Fn(f64) -> String) {
     line(&format!(
-        "{name:<22} {:>14} {:>14} {:>14}",
+        "{name:<22} {:>14} {:>14} {:>14} {:>14}",
         show(stat.last),
         show(stat.mean),
+        show(stat.p50),
         show(stat.p99)
     ));
 }
@@ -64,7 +65,7 @@ pub fn table(info: &FtInfo) {
     row("epoch", &info.epoch.to_string());
     row("committed", &info.committed.to_string());
     row("epochs in all", &info.epochs_total.to_string());
-    row("flush durability", &info.durability);
+    row("flush durability", info.durability.name());
     if info.state == FtState::Syncing {
         let p = &info.progress;
         let left = |left: u64, total: u64| format!("{} of {} left", bytes(left as f64), bytes(total as f64));
@@ -72,7 +73,10 @@ pub fn table(info: &FtInfo) {
         row("disks", &left(p.disk_bytes_remaining, p.disk_bytes_total));
         row("rate", &format!("{}/s, {:.0} s left", bytes(p.rate), p.seconds_left));
     }
-    line(&format!("{:<22} {:>14} {:>14} {:>14}", "", "last", "mean", "p99"));
+    line(&format!(
+        "{:<22} {:>14} {:>14} {:>14} {:>14}",
+        "", "last", "mean", "p50", "p99"
+    ));
     let ms = |n: f64| format!("{n:.3} ms");
     let count = |n: f64| format!("{n:.0}");
     stat("epoch length", &info.epoch_ms, ms);

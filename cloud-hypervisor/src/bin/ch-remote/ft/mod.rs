@@ -121,12 +121,13 @@ fn address(text: &str) -> Result<String> {
     }
 }
 
-/// An arbiter's directory as the VMM, which may stand in another directory, will find it.
+/// An arbiter with its paths as the VMM, which may stand in another directory, will find them.
 fn arbiter(text: &str) -> Result<String> {
-    match text.strip_prefix("file:") {
-        Some(path) if !path.is_empty() => Ok(format!("file:{}", absolute(Path::new(path))?)),
-        _ => bail!("arbiter {text:?}: must be file:DIR, a directory that both hosts share"),
-    }
+    let description: ft::arbiter::Description = text.parse()?;
+    let description = description
+        .absolute()
+        .with_context(|| format!("arbiter {text}: its paths"))?;
+    Ok(description.to_string())
 }
 
 fn console(option: &'static str, text: Option<&str>) -> Result<Option<String>> {

@@ -2,7 +2,6 @@
 
 use std::fs::File;
 use std::io::Write;
-use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -287,28 +286,10 @@ fn over_slow_link(load: &loads::Options) -> Outcome {
     ))
 }
 
-/// An address in the middle of the guest RAM of a VMM: its largest mapping.
-fn middle_of_ram(host: &Host) -> Result<u64> {
-    let maps = std::fs::read_to_string(format!("/proc/{}/maps", host.vmm.pid()))?;
-    let ranges = maps.lines().filter_map(|line| {
-        let (start, end) = line.split_once(' ')?.0.split_once('-')?;
-        Some((u64::from_str_radix(start, 16).ok()?, u64::from_str_radix(end, 16).ok()?))
-    });
-    let (start, end) = ranges.max_by_key(|(start, end)| end - start).context("no mappings")?;
-    Ok(start + (end - start) / 2)
-}
-
 fn shadow_ram_flipped(_: &Counts) -> Outcome {
     let mut p = pair()?;
     p.primary.vmm.remote(&["ft", "config", "audit_mib_s=512"])?;
-    let address = middle_of_ram(&p.backup)?;
-    let memory = File::options()
-        .read(true)
-        .write(true)
-        .open(format!("/proc/{}/mem", p.backup.vmm.pid()))?;
-    let mut byte = [0];
-    memory.read_exact_at(&mut byte, address)?;
-    memory.write_all_at(&[byte[0] ^ 4], address)?;
+    p.backup.vmm.flip_ram_bit()?;
     let moment = Instant::now();
     p.backup.vmm.wait_ft_state("failed", LIMIT)?;
     let found_ms = moment.elapsed().as_secs_f64() * 1e3;

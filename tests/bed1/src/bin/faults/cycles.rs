@@ -35,19 +35,7 @@ pub fn all() -> Vec<Case> {
 /// Open files, threads, resident MiB beyond guest RAM.
 fn usage(vmm: &Vmm) -> Result<(usize, usize, f64)> {
     let (fds, threads) = vmm.fds_and_threads()?;
-    let maps = std::fs::read_to_string(format!("/proc/{}/smaps", vmm.pid()))?;
-    let kib = |line: &str, key: &str| -> Option<u64> {
-        let rest = line.strip_prefix(key)?.trim();
-        rest.strip_suffix("kB")?.trim().parse().ok()
-    };
-    let (mut size, mut resident) = (0, 0);
-    for line in maps.lines() {
-        size = kib(line, "Size:").unwrap_or(size);
-        // Nothing but guest RAM is that large.
-        let rss = kib(line, "Rss:").filter(|_| size < 128 << 10);
-        resident += rss.unwrap_or(0);
-    }
-    Ok((fds, threads, resident as f64 / 1024.0))
+    Ok((fds, threads, vmm.memory_mib()?))
 }
 
 fn enable_disable(counts: &Counts) -> Outcome {

@@ -1,0 +1,364 @@
+//! One load with FT off and on in turns; the gaps of takeovers.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use bed1::chain::{Chain, Results, Victim};
+use bed1::loads::{self, Loads};
+use bed1::pair::{Bed, Host, Options, Side};
+use bed1::proxied::{LIMIT, Proxied};
+use bed1::report::Table;
+use load::control::Status;
+use load::stats::Summary;
+use serde::Serialize;
+use serde_json::{Value, json};
+
+use crate::Args;
+use crate::suite::{Metric, Workload};
+
+/// Time that a change of FT is given before it is measured.
+const SETTLE: Duration = Duration::from_millis(500);
+
+/// RAM of the guest in MiB.
+const RAM: u64 = 512;
+
+/// What was seen in one stretch of time.
+#[derive(Debug, Clone, Default)]
+struct Window {
+    /// Of the metric, per second.
+    rate: f64,
+    /// In ms.
+    latency: Summary,
+    /// Processor seconds per second of the VMM that runs the VM, and of the backup.
+    cpu: (f64, f64),
+    /// `ft info` at its end.
+    info: Option<Value>,
+    /// Bytes on the log channel per second.
+    sent: f64,
+    /// Pages written by the guest's dirtier per second.
+    dirtied: f64,
+}
+
+/// Off and on, round by round.
+pub struct Outcome {
+    /// Name of the load.
+    pub name: &'static str,
+    /// In words.
+    pub what: String,
+    metric: Metric,
+    off: Vec<Window>,
+    on: Vec<Window>,
+    /// MiB that the primary uses beyond guest RAM, off and on.
+    memory: (f64, f64),
+}
+
+/// Processor time of a process so far.
+fn cpu(host: &Host) -> Result<Duration> {
+    let stat = std::fs::read_to_string(format!("/proc/{}/stat", host.vmm.pid()))?;
+    // The name in brackets may hold anything; utime and stime are the 14th and 15th field.
+    let rest = stat.rsplit_once(')').context("no name in stat")?.1;
+    let fields: Vec<&str> = rest.split_whitespace().collect();
+    let ticks: u64 =
+        fields.get(11).context("no utime")?.parse::<u64>()? + fields.get(12).context("no stime")?.parse::<u64>()?;
+    // SAFETY: sysconf(3) takes a number and touches no memory.
+    let hz = unsafe { libc::sysconf(libc::_SC_CLK_TCK) }.max(1) as u64;
+    Ok(Duration::from_micros(ticks * 1_000_000 / hz))
+}
+
+struct Sample {
+    at: Instant,
+    status: Status,
+    answers: u64,
+    bytes: u64,
+    cpu: (Duration, Duration),
+    sent: u64,
+}
+
+fn sample(primary: &Host, backup: &Host, loads: &mut Loads) -> Result<Sample> {
+    let verdicts = loads.verdicts();
+    let info = primary.vmm.ft_info()?;
+    Ok(Sample {
+        status: loads.control.status()?,
+        at: Instant::now(),
+        answers: verdicts.iter().map(|v| v.answers).sum(),
+        bytes: verdicts.iter().map(|v| v.bytes).sum(),
+        cpu: (cpu(primary)?, cpu(backup)?),
+        sent: info["bytes_sent"].as_u64().unwrap_or_default(),
+    })
+}
+
+fn window(load: &Workload, primary: &Host, backup: &Host, loads: &mut Loads, seconds: f64) -> Result<Window> {
+    std::thread::sleep(SETTLE);
+    let before = sample(primary, backup, loads)?;
+    loads.new_phase();
+    std::thread::sleep(Duration::from_secs_f64(seconds));
+    let verdicts = loads.verdicts();
+    let after = sample(primary, backup, loads)?;
+    loads.check()?;
+    let time = (after.at - before.at).as_secs_f64();
+    let rate = |before: u64, after: u64| after.saturating_sub(before) as f64 / time;
+    let dirtied = rate(before.status.dirtied, after.status.dirtied);
+    let used = |before: Duration, after: Duration| after.saturating_sub(before).as_secs_f64() / time;
+    Ok(Window {
+        rate: match load.metric {
+            Metric::Burned => rate(before.status.burn, after.status.burn),
+            Metric::Dirtied => dirtied,
+            Metric::Answers => rate(before.answers, after.answers),
+            Metric::Bytes => rate(before.bytes, after.bytes),
+            Metric::Idle => 0.0,
+        },
+        latency: verdicts.first().map(|v| v.latency_ms).unwrap_or_default(),
+        cpu: (used(before.cpu.0, after.cpu.0), used(before.cpu.1, after.cpu.1)),
+        info: None,
+        sent: rate(before.sent, after.sent),
+        dirtied,
+    })
+}
+
+/// Measures a load.
+pub fn run(load: &Workload, args: &Args) -> Result<Outcome> {
+    let (rounds, seconds) = (args.rounds.max(1), args.seconds);
+    let mut bed = Bed::new(Options {
+        memory_mib: RAM,
+        disk_mib: 64,
+        limits: args.limits.clone(),
+        tls: args.tls,
+        ..Options::default()
+    })?;
+    let mut primary = bed.boot(Side::A)?;
+    let mut backup = bed.backup(Side::B)?;
+    let mut loads = Loads::start(&bed, &loads::model(&bed), &load.loads)?;
+    let (mut off, mut on, mut memory) = (Vec::new(), Vec::new(), (0.0, 0.0));
+    for round in 0..rounds {
+        off.push(window(load, &primary, &backup, &mut loads, seconds)?);
+        if round == 0 {
+            memory.0 = primary.vmm.memory_mib()?;
+        }
+        bed.protect(&mut primary, &mut backup)?;
+        let mut protected = window(load, &primary, &backup, &mut loads, seconds)?;
+        let info = primary.vmm.ft_info()?;
+        ensure!(info["state"] == "protected", "protection ended: {}", info["reason"]);
+        protected.info = Some(info);
+        on.push(protected);
+        memory.1 = f64::max(memory.1, primary.vmm.memory_mib()?);
+        primary.vmm.remote(&["ft", "disable"])?;
+        primary.vmm.wait_ft_state("disabled", LIMIT)?;
+        backup.vmm.wait_ft_state("listening", LIMIT)?;
+    }
+    loads.check_guest()?;
+    loads.stop()?;
+    Ok(Outcome {
+        name: load.name,
+        what: load.what.clone(),
+        metric: load.metric,
+        off,
+        on,
+        memory,
+    })
+}
+
+fn of(windows: &[Window], f: impl Fn(&Window) -> f64) -> Summary {
+    Summary::of(&windows.iter().map(f).collect::<Vec<_>>())
+}
+
+fn info(window: &Window, measure: &str, what: &str) -> f64 {
+    window
+        .info
+        .as_ref()
+        .and_then(|info| info[measure][what].as_f64())
+        .unwrap_or_default()
+}
+
+fn number(value: f64) -> String {
+    match value.abs() {
+        0.0 => "0".into(),
+        1000.0.. => format!("{value:.0}"),
+        10.0.. => format!("{value:.1}"),
+        _ => format!("{value:.2}"),
+    }
+}
+
+fn spread(s: &Summary) -> String {
+    format!("{} ({} - {})", number(s.median), number(s.min), number(s.max))
+}
+
+impl Outcome {
+    /// On / off of the metric, round by round.
+    pub fn ratio(&self) -> Summary {
+        let ratios: Vec<f64> = self
+            .off
+            .iter()
+            .zip(&self.on)
+            .map(|(off, on)| on.rate / off.rate)
+            .collect();
+        Summary::of(&ratios)
+    }
+
+    fn added(&self, f: impl Fn(&Summary) -> f64) -> Summary {
+        let added: Vec<f64> = self
+            .off
+            .iter()
+            .zip(&self.on)
+            .map(|(off, on)| f(&on.latency) - f(&off.latency))
+            .collect();
+        Summary::of(&added)
+    }
+
+    /// All figures: name, unit, summary over the rounds.
+    pub fn figures(&self) -> Vec<(&'static str, &'static str, Summary)> {
+        let mut figures = Vec::new();
+        let unit = match self.metric {
+            Metric::Burned => "counts/s",
+            Metric::Dirtied => "pages/s",
+            Metric::Answers => "answers/s",
+            Metric::Bytes => "bytes/s",
+            Metric::Idle => "",
+        };
+        if self.metric != Metric::Idle {
+            figures.push(("off", unit, of(&self.off, |w| w.rate)));
+            figures.push(("on", unit, of(&self.on, |w| w.rate)));
+            figures.push(("on / off", "", self.ratio()));
+        }
+        if self.on.iter().any(|w| w.latency.count > 0) {
+            figures.push(("latency off p50", "ms", of(&self.off, |w| w.latency.median)));
+            figures.push(("added latency p50", "ms", self.added(|l| l.median)));
+            figures.push(("added latency p99", "ms", self.added(|l| l.p99)));
+        }
+        let on = |f: &dyn Fn(&Window) -> f64| of(&self.on, f);
+        figures.push(("epochs", "/s", on(&|w| 1000.0 / info(w, "epoch_ms", "mean").max(1e-3))));
+        figures.push(("dirty pages per epoch p50", "", on(&|w| info(w, "dirty_pages", "p50"))));
+        figures.push(("pause p50", "ms", on(&|w| info(w, "pause_ms", "p50"))));
+        figures.push(("pause p99", "ms", on(&|w| info(w, "pause_ms", "p99"))));
+        figures.push(("log channel", "MiB/s", on(&|w| w.sent / (1 << 20) as f64)));
+        let written = |w: &Window| {
+            let pages = info(w, "dirty_pages", "mean") * 1000.0 / info(w, "epoch_ms", "mean").max(1e-3);
+            w.sent / (pages * 4096.0).max(1.0)
+        };
+        figures.push(("log channel bytes per byte of dirty pages", "", on(&written)));
+        let used: Vec<f64> = self
+            .off
+            .iter()
+            .zip(&self.on)
+            .map(|(off, on)| on.cpu.0 - off.cpu.0)
+            .collect();
+        figures.push(("processors, primary, on - off", "", Summary::of(&used)));
+        figures.push(("processors, backup", "", on(&|w| w.cpu.1)));
+        figures.push((
+            "memory of FT on the primary",
+            "MiB",
+            Summary::of(&[self.memory.1 - self.memory.0]),
+        ));
+        figures
+    }
+
+    /// (dirty pages per epoch, pause in ms), medians.
+    pub fn pause(&self) -> (f64, f64) {
+        (
+            of(&self.on, |w| info(w, "dirty_pages", "p50")).median,
+            of(&self.on, |w| info(w, "pause_ms", "p50")).median,
+        )
+    }
+
+    /// MiB per second that the guest's dirtier wrote with FT off, if it is that load.
+    pub fn dirty_rate(&self) -> Option<f64> {
+        (self.metric == Metric::Dirtied).then(|| of(&self.off, |w| w.dirtied).median / 256.0)
+    }
+
+    /// For people: median (least - most).
+    pub fn table(&self) -> Table {
+        let mut table = Table::default();
+        for (name, unit, summary) in self.figures() {
+            table.row(name, format!("{} {unit}", spread(&summary)).trim_end());
+        }
+        table
+    }
+
+    /// For programs.
+    pub fn json(&self) -> Value {
+        let figures: serde_json::Map<String, Value> = self
+            .figures()
+            .into_iter()
+            .map(|(name, unit, summary)| {
+                (
+                    name.into(),
+                    json!({"unit": unit, "median": summary.median, "min": summary.min, "max": summary.max}),
+                )
+            })
+            .collect();
+        json!({"name": self.name, "what": self.what, "figures": figures})
+    }
+}
+
+/// Gaps that clients saw, in ms.
+#[derive(Debug, Clone, Serialize)]
+pub struct Gaps {
+    killed: Summary,
+    detection: Summary,
+    activation: Summary,
+    /// Beyond the heartbeat timeout.
+    silent_beyond_timeout: Summary,
+}
+
+impl Gaps {
+    /// For people.
+    pub fn rows(&self, table: &mut Table) {
+        table.summary("gap, process killed", &self.killed, "ms");
+        table.summary("    detection", &self.detection, "ms");
+        table.summary("    activation", &self.activation, "ms");
+        table.summary("gap beyond the timeout, host silent", &self.silent_beyond_timeout, "ms");
+    }
+}
+
+/// Takeovers under a light load of requests.
+pub fn gaps(count: u32) -> Result<Gaps> {
+    let light = loads::Options {
+        echo: 2,
+        kv: 1,
+        ..loads::Options::none()
+    };
+    let mut results = Results::default();
+    {
+        let mut bed = Bed::new(Options::default())?;
+        let mut chain = Chain::start(&mut bed, &light, &mut results)?;
+        for round in 0..count {
+            chain.round(Victim::Primary, Duration::from_millis(300))?;
+            if round + 1 < count {
+                chain.protect_again()?;
+            }
+        }
+        chain.end()?;
+    }
+    let timeout = 500;
+    let mut silent = Vec::new();
+    for _ in 0..count.min(5) {
+        let options = Options {
+            heartbeat_timeout_ms: timeout,
+            ..Options::default()
+        };
+        let mut pair = Proxied::prepared(options, &light, |_| Ok(()))?;
+        std::thread::sleep(SETTLE);
+        let moment = Instant::now();
+        pair.proxy.forward().stall(true);
+        pair.proxy.back().stall(true);
+        pair.one_side_runs()?;
+        let progress = pair.loads.wait_progress(5);
+        progress?;
+        let gap = pair
+            .loads
+            .gaps_since(moment)
+            .into_iter()
+            .map(|(_, gap)| gap)
+            .max()
+            .unwrap_or_default();
+        silent.push(gap.as_secs_f64() * 1e3 - f64::from(timeout));
+    }
+    let of = |f: &dyn Fn(&bed1::failover::Takeover) -> Option<f64>| {
+        Summary::of(&results.takeovers.iter().filter_map(f).collect::<Vec<_>>())
+    };
+    Ok(Gaps {
+        killed: of(&|t| Some(t.gap_ms)),
+        detection: of(&|t| t.detection_ms),
+        activation: of(&|t| t.activation_ms),
+        silent_beyond_timeout: Summary::of(&silent),
+    })
+}
