@@ -47,8 +47,9 @@ pub enum Error {
 
 /// The filters of all kinds.
 ///
-/// A thread whose row has no files by name has a second filter: opening one fails there, it does not end the process. The
-/// C library's allocator looks into /sys and /proc now and then, on any thread, and does without.
+/// Some calls fail by a second filter, they do not end the process, because the C library can do without. Its allocator
+/// looks into /sys and /proc now and then, on any thread: opening a file fails where the row has no files by name. And it
+/// tries clone3 before clone: the first thread and the spawner have no such call, nor has any thread that it starts.
 pub struct Filters(HashMap<ThreadKind, Vec<BpfProgram>>);
 
 impl Filters {
@@ -62,9 +63,13 @@ impl Filters {
         let filter = |kind: ThreadKind| {
             let mut calls = calls(kind);
             let mut programs = Vec::new();
-            let refused = call(libc::SYS_openat);
-            if mode == Mode::Kill && !calls.contains(&refused) {
-                let error = SeccompAction::Errno(libc::EACCES as u32);
+            let first = matches!(kind, ThreadKind::Main | ThreadKind::Spawner);
+            let (refused, error) = match kind {
+                _ if first => (call(libc::SYS_clone3), libc::ENOSYS),
+                _ => (call(libc::SYS_openat), libc::EACCES),
+            };
+            if mode == Mode::Kill && (first || !calls.contains(&refused)) {
+                let error = SeccompAction::Errno(error as u32);
                 programs.push(compile(&[refused], SeccompAction::Allow, error));
                 calls.push(refused);
             }
@@ -189,6 +194,15 @@ mod tests {
         unsafe { libc::syscall(libc::SYS_mmap, 0, 4096, protection, flags, -1, 0) };
     }
 
+    fn start_process() {
+        // SAFETY: the child, if there is one, ends at once.
+        unsafe {
+            if libc::syscall(libc::SYS_clone, libc::SIGCHLD, 0, 0, 0, 0) == 0 {
+                libc::syscall(libc::SYS_exit_group, 0);
+            }
+        }
+    }
+
     fn kill_init() {
         // SAFETY: signal 0 only asks.
         unsafe { libc::syscall(libc::SYS_tgkill, 1, 1, 0) };
@@ -202,7 +216,7 @@ mod tests {
     #[test]
     fn a_forbidden_call_ends_the_process() {
         for kind in ThreadKind::ALL {
-            for body in [execute, ptrace, kill_init, inject_key, open_raw_socket] {
+            for body in [execute, start_process, ptrace, kill_init, inject_key, open_raw_socket] {
                 assert_eq!(signal_of(kind, Mode::Kill, body), libc::SIGSYS, "{kind:?}");
             }
             assert_eq!(signal_of(kind, Mode::Kill, || ()), 0, "{kind:?}");

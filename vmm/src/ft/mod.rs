@@ -15,11 +15,13 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use api::{ApiError, Request, Response};
+use ft::arbiter::Description;
 use ft::config::{FtEnableConfig, FtInfo, FtReceiveConfig};
 use ft::{Backup, EventSink, FtEvent, Primary};
 use sandbox::landlock::Access;
 
 use crate::interrupts::lock;
+use crate::landlock::Landlock;
 use crate::plugin::Plugin;
 use crate::vm::{Vm, VmContext};
 use protected::ProtectedVm;
@@ -53,9 +55,7 @@ fn error(status: u16, code: &str, message: impl std::fmt::Display) -> ApiError {
 impl FtPlugin {
     /// `arbiter`: default for requests that name none. `adopt` gets the VM of a takeover.
     pub fn new(context: VmContext, arbiter: Option<String>, adopt: Adopt) -> Self {
-        if let Some(dir) = arbiter.as_deref().and_then(|a| a.strip_prefix("file:")) {
-            context.landlock.allow(dir, Access::READ_WRITE);
-        }
+        allow_arbiter(&context.landlock, arbiter.as_deref());
         Self {
             context,
             arbiter,
@@ -68,9 +68,7 @@ impl FtPlugin {
     /// What this request names is left accessible when the VM comes.
     fn allow(&self, config: &FtReceiveConfig) {
         let landlock = &self.context.landlock;
-        if let Some(dir) = config.arbiter.as_deref().and_then(|a| a.strip_prefix("file:")) {
-            landlock.allow(dir, Access::READ_WRITE);
-        }
+        allow_arbiter(landlock, config.arbiter.as_deref());
         if let Some(tls) = &config.tls {
             landlock.allow(&tls.dir, Access::READ);
         }
@@ -163,6 +161,22 @@ impl FtPlugin {
         let backup = ft::receive(Arc::new(host), config, self.events()).map_err(|e| error(e.status(), e.code(), &e))?;
         self.put(Session::Backup(Arc::new(backup)));
         Ok(Response::Empty)
+    }
+}
+
+/// Leaves an arbiter's files accessible. A wrong description is told when the arbiter is opened.
+fn allow_arbiter(landlock: &Landlock, description: Option<&str>) {
+    match description.map(str::parse) {
+        Some(Ok(Description::File(dir))) => landlock.allow(dir, Access::READ_WRITE),
+        Some(Ok(Description::Etcd(cluster))) => {
+            for tls in cluster.tls {
+                let own = tls.identity.into_iter().flat_map(|(cert, key)| [cert, key]);
+                for path in own.chain([tls.ca]) {
+                    landlock.allow(path, Access::READ);
+                }
+            }
+        }
+        Some(Err(_)) | None => {}
     }
 }
 
