@@ -16,6 +16,7 @@ use std::sync::{Arc, Mutex};
 
 use api::{ApiError, Request, Response};
 use ft::arbiter::Description;
+use ft::arbiter::description::TlsFiles;
 use ft::config::{FtEnableConfig, FtInfo, FtReceiveConfig};
 use ft::{Backup, EventSink, FtEvent, Primary};
 use sandbox::landlock::Access;
@@ -169,12 +170,9 @@ fn allow_arbiter(landlock: &Landlock, description: Option<&str>) {
     match description.map(str::parse) {
         Some(Ok(Description::File(dir))) => landlock.allow(dir, Access::READ_WRITE),
         Some(Ok(Description::Etcd(cluster))) => {
-            for tls in cluster.tls {
-                let own = tls.identity.into_iter().flat_map(|(cert, key)| [cert, key]);
-                for path in own.chain([tls.ca]) {
-                    landlock.allow(path, Access::READ);
-                }
-            }
+            let own = |tls: &TlsFiles| tls.identity.clone().into_iter().flat_map(|(cert, key)| [cert, key]);
+            let files = cluster.tls.iter().flat_map(|tls| own(tls).chain([tls.ca.clone()]));
+            files.for_each(|path| landlock.allow(path, Access::READ));
         }
         Some(Err(_)) | None => {}
     }
