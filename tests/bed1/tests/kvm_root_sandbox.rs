@@ -33,16 +33,21 @@ fn threads(vmm: &Vmm) -> Result<Vec<(String, String)>> {
     Ok(threads)
 }
 
-/// Every thread is filtered, and those of `expected` are there.
+/// Every thread is filtered, and those of `expected` are there (a new one has its name a moment later).
 fn check(host: &Host, expected: &[&str]) -> Result<()> {
-    let threads = threads(&host.vmm)?;
-    let bare: Vec<_> = threads.iter().filter(|(_, mode)| mode != "2").collect();
-    ensure!(bare.is_empty(), "{}: without filter: {bare:?}", host.vmm.name);
-    for name in expected {
-        let there = threads.iter().any(|(thread, _)| thread == name);
-        ensure!(there, "{}: no thread {name}: {threads:?}", host.vmm.name);
+    let end = Instant::now() + LIMIT;
+    loop {
+        let threads = threads(&host.vmm)?;
+        let bare: Vec<_> = threads.iter().filter(|(_, mode)| mode != "2").collect();
+        ensure!(bare.is_empty(), "{}: without filter: {bare:?}", host.vmm.name);
+        let there = |name: &&str| threads.iter().any(|(thread, _)| thread == name);
+        if expected.iter().all(there) {
+            return Ok(());
+        }
+        let late = Instant::now() > end;
+        ensure!(!late, "{}: not all of {expected:?}: {threads:?}", host.vmm.name);
+        std::thread::sleep(Duration::from_millis(20));
     }
-    Ok(())
 }
 
 const OWN: &[&str] = &[
