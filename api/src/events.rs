@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::time::{Duration, Instant};
 
+use sandbox::ThreadKind;
 use serde::Serialize;
 
 /// Events that can wait for a slow reader.
@@ -68,9 +69,9 @@ impl Events {
     /// Events are written to `file`. Their time stamps count from now.
     pub fn to_file(file: File) -> io::Result<Self> {
         let (queue, messages) = sync_channel(QUEUE);
-        std::thread::Builder::new()
-            .name("event-monitor".into())
-            .spawn(move || write_events(file, &messages))?;
+        sandbox::spawn(ThreadKind::EventMonitor, "event-monitor", move || {
+            write_events(file, &messages);
+        })?;
         let sink = Arc::new(Sink {
             queue,
             dropped: AtomicU64::new(0),

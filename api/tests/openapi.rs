@@ -164,6 +164,7 @@ fn types() -> BTreeMap<&'static str, BTreeSet<String>> {
         ("ImageType", names::<ImageType>()),
         ("LockGranularity", names::<LockGranularity>()),
         ("NetConfig", names::<NetConfig>()),
+        ("LandlockConfig", names::<api::config::LandlockConfig>()),
         ("RngConfig", names::<RngConfig>()),
         ("ConsoleMode", names::<ConsoleMode>()),
         ("ConsoleConfig", names::<ConsoleConfig>()),

@@ -3,7 +3,9 @@
 use std::path::PathBuf;
 
 use anyhow::{Result, bail, ensure};
-use api::config::{ConsoleConfig, CpusConfig, DiskConfig, MemoryConfig, NetConfig, PayloadConfig, RngConfig};
+use api::config::{
+    ConsoleConfig, CpusConfig, DiskConfig, LandlockConfig, MemoryConfig, NetConfig, PayloadConfig, RngConfig,
+};
 use api::options::vmm::PathOrFd;
 use api::{RestoreConfig, VmConfig};
 use clap::{Arg, ArgAction, CommandFactory, FromArgMatches, Parser};
@@ -76,6 +78,20 @@ pub struct Args {
     #[arg(long, value_name = "SPEC")]
     pub event_monitor: Option<String>,
 
+    /// What happens when a thread makes a system call that is not on its list: true ends the process, log makes the
+    /// kernel log it (and lets it pass), false has no lists.
+    #[arg(long, value_name = "true|false|log", default_value = "true", value_parser = seccomp_mode)]
+    pub seccomp: sandbox::Mode,
+
+    /// Touch no other files than those that the VM's options (or its configuration) name.
+    #[arg(long)]
+    pub landlock: bool,
+
+    /// Files and directories beside those, each: path=PATH,access=r|w|rw. For example where snapshots go, the arbiter's
+    /// directory and certificates, when later requests will name them.
+    #[arg(long, value_name = "SPEC", num_args = 1.., requires = "landlock")]
+    pub landlock_rules: Vec<String>,
+
     /// Append the log to this file [default: standard error]
     #[arg(long, value_name = "FILE")]
     pub log_file: Option<PathBuf>,
@@ -118,8 +134,6 @@ const NOT_OFFERED: &[&str] = &[
     "generic-vhost-user",
     "host-data",
     "igvm",
-    "landlock",
-    "landlock-rules",
     "memory-zone",
     "no-shutdown",
     "numa",
@@ -128,7 +142,6 @@ const NOT_OFFERED: &[&str] = &[
     "pmem",
     "pvpanic",
     "rate-limit-group",
-    "seccomp",
     "tpm",
     "user-device",
     "vdpa",
@@ -176,6 +189,8 @@ impl Args {
 
     /// What the options ask for. Nothing of the host is touched.
     pub fn start(&self) -> Result<Start> {
+        // Wrong ones are a wrong command line, whatever the mode.
+        self.landlock_rules()?;
         let modes = [
             ("--kernel", self.kernel.is_some()),
             ("--restore", self.restore.is_some()),
@@ -249,6 +264,8 @@ impl Args {
         if let Some(text) = &self.console {
             config.console = ConsoleConfig::parse("--console", text)?;
         }
+        config.landlock_enable = self.landlock;
+        config.landlock_rules = Some(self.landlock_rules()?).filter(|rules| !rules.is_empty());
         config.fill_in()?;
         config.validate()?;
         Ok(Start::Boot(Box::new(config)))
@@ -295,6 +312,17 @@ impl Args {
         Ok(())
     }
 
+    /// Rules of Landlock.
+    pub fn landlock_rules(&self) -> Result<Vec<LandlockConfig>> {
+        let parse = |text: &String| {
+            let rule = LandlockConfig::parse(text)?;
+            let known = sandbox::landlock::Access::parse(&rule.access).is_some();
+            ensure!(known, "--landlock-rules: access={} must be r, w or rw", rule.access);
+            Ok(rule)
+        };
+        self.landlock_rules.iter().map(parse).collect()
+    }
+
     /// Where the API is served.
     pub fn api_socket(&self) -> Result<Option<PathOrFd>> {
         Ok(self
@@ -319,6 +347,15 @@ impl Args {
         return self.ft_arbiter.clone();
         #[cfg(not(feature = "ft"))]
         None
+    }
+}
+
+fn seccomp_mode(text: &str) -> Result<sandbox::Mode, String> {
+    match text {
+        "true" => Ok(sandbox::Mode::Kill),
+        "log" => Ok(sandbox::Mode::Log),
+        "false" => Ok(sandbox::Mode::Off),
+        _ => Err("possible are true, false and log".into()),
     }
 }
 
@@ -384,6 +421,35 @@ mod tests {
         assert_eq!(config.console, None);
         assert!(start(&["--ft-receive", "listen=tcp:h:1", "--cpus", "boot=1"]).is_err());
         assert!(start(&["--ft-receive", "listen=tcp:h:1", "--disk", "path=/b"]).is_err());
+    }
+
+    #[test]
+    fn landlock() {
+        let rule = "path=/snapshots,access=rw";
+        let args = [
+            "--kernel",
+            "/k",
+            "--landlock",
+            "--landlock-rules",
+            rule,
+            "path=/certs,access=r",
+        ];
+        let Start::Boot(config) = start(&args).unwrap() else {
+            panic!("no VM")
+        };
+        assert!(config.landlock_enable);
+        assert_eq!(config.landlock_rules.map(|rules| rules.len()), Some(2));
+        assert!(start(&["--kernel", "/k", "--landlock-rules", rule]).is_err());
+        assert!(start(&["--kernel", "/k", "--landlock", "--landlock-rules", "path=/x,access=x"]).is_err());
+    }
+
+    #[test]
+    fn filters_are_on_unless_told_otherwise() {
+        let mode = |args: &[&str]| Args::try_parse_from([&["cloud-hypervisor"], args].concat()).map(|a| a.seccomp);
+        assert_eq!(mode(&[]).unwrap(), sandbox::Mode::Kill);
+        assert_eq!(mode(&["--seccomp", "log"]).unwrap(), sandbox::Mode::Log);
+        assert_eq!(mode(&["--seccomp", "false"]).unwrap(), sandbox::Mode::Off);
+        assert!(mode(&["--seccomp", "maybe"]).is_err());
     }
 
     #[test]

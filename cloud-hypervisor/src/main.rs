@@ -7,14 +7,19 @@ mod args;
 mod logger;
 mod terminal;
 
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
+use api::options::vmm::PathOrFd;
 use api::server::Server;
 use api::{Events, Request, VmmService};
+use sandbox::ThreadKind;
+use sandbox::landlock::Access;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
+use vmm::landlock::Landlock;
 use vmm::{Vmm, VmmOptions};
 
 use args::{Args, Start};
@@ -52,16 +57,25 @@ fn run(args: &Args, start: Start) -> Result<()> {
         log::error!("{info}");
         panicked(info);
     }));
+    // Before there are other threads.
+    sandbox::confine(args.seccomp).context("--seccomp")?;
     let events = match args.event_monitor()? {
         Some(monitor) => Events::to_file(monitor.open_output().context("--event-monitor")?)?,
         None => Events::none(),
     };
+    let landlock = Landlock::new(args.landlock, args.landlock_rules()?).context("--landlock")?;
+    if let Some(PathOrFd::Path(path)) = args.api_socket()? {
+        // Its file is removed at the end.
+        let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty());
+        landlock.allow(dir.unwrap_or(Path::new(".")), Access::REMOVE);
+    }
     let socket = args.api_socket()?.map(|at| at.api_socket()).transpose()?;
     // From here on signals are no sudden end, so that the socket's file does not stay behind.
     let signals = Signals::new([SIGTERM, SIGINT, SIGHUP]).context("signal handlers")?;
     let vmm = Vmm::new(VmmOptions {
         events: events.clone(),
         ft_arbiter: args.arbiter(),
+        landlock,
     })?;
     events.emit("vmm", "starting", &[("pid", std::process::id().to_string())]);
     watch_signals(signals, vmm.clone())?;
@@ -113,6 +127,6 @@ fn watch_signals(mut signals: Signals, vmm: Arc<Vmm>) -> Result<()> {
             vmm.request_exit();
         }
     };
-    std::thread::Builder::new().name("signals".into()).spawn(watch)?;
+    sandbox::spawn(ThreadKind::Signals, "signals", watch)?;
     Ok(())
 }

@@ -8,6 +8,7 @@ use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Arc, PoisonError};
 
+use sandbox::ThreadKind;
 use vmm_sys_util::epoll::{ControlOperation, EpollEvent, EventSet};
 
 use crate::Error;
@@ -39,10 +40,8 @@ impl<M: Model> Device<M> {
         }
         self.watch(&mut self.core());
         let device = self.clone();
-        let thread = std::thread::Builder::new()
-            .name(format!("virtio{}", self.id))
-            .spawn(move || run(&device))
-            .map_err(Error::Worker)?;
+        let name = format!("virtio{}", self.id);
+        let thread = sandbox::spawn(ThreadKind::Virtio, name, move || run(&device)).map_err(Error::Worker)?;
         *crate::lock(&self.thread) = Some(thread);
         Ok(())
     }

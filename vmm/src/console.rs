@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex};
 use api::{ConsoleConfig, ConsoleMode};
 use devices::gate::Gate;
 use devices::serial::Serial;
+use sandbox::ThreadKind;
 use virtio_devices::backend::ConsoleBackend;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -145,9 +146,9 @@ impl SerialInput {
         };
         let stop = EventFd::new(EFD_NONBLOCK)?;
         let (stopped, console) = (stop.try_clone()?, console.clone());
-        let thread = std::thread::Builder::new()
-            .name("serial-input".into())
-            .spawn(move || serial_input(fd, &stopped, &console, &serial, &gate))?;
+        let thread = sandbox::spawn(ThreadKind::SerialInput, "serial-input", move || {
+            serial_input(fd, &stopped, &console, &serial, &gate);
+        })?;
         Ok(Some(Self {
             stop,
             thread: Some(thread),

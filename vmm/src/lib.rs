@@ -5,6 +5,7 @@
 //! * [`vcpus`]: the vCPU threads; [`memory`]: guest RAM and its dirty pages; [`interrupts`]: GSIs, irqfds, MSI routes;
 //! * [`devices`]: all devices of a machine on their buses; [`console`]: where serial and console output goes;
 //! * [`boot`]: kernel, ACPI tables, command line; [`state`]: the saved state; [`snapshot`]: its files;
+//! * [`landlock`]: the files that the process may touch for a VM;
 //! * [`plugin`]: the small trait by which FT is reached; `ft` (feature `ft`): FT on this VMM.
 
 pub mod boot;
@@ -13,6 +14,7 @@ pub mod devices;
 #[cfg(feature = "ft")]
 pub mod ft;
 pub mod interrupts;
+pub mod landlock;
 pub mod memory;
 pub mod plugin;
 pub mod service;

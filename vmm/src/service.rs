@@ -10,8 +10,11 @@ use api::{
     VmmPingResponse, VmmService,
 };
 use hypervisor::Hypervisor;
+use sandbox::ThreadKind;
+use sandbox::landlock::Access;
 
 use crate::interrupts::lock;
+use crate::landlock::Landlock;
 use crate::plugin::Plugin;
 use crate::snapshot;
 use crate::state::PowerRequest;
@@ -23,6 +26,8 @@ pub struct VmmOptions {
     pub events: Events,
     /// Arbiter for `ft enable` when the request names none: `file:DIR` or `etcd:HOST:PORT`.
     pub ft_arbiter: Option<String>,
+    /// Which files the process may touch.
+    pub landlock: Landlock,
 }
 
 #[derive(Default)]
@@ -72,6 +77,7 @@ impl Vmm {
             hypervisor,
             events: options.events,
             requests,
+            landlock: Arc::new(options.landlock),
         };
         let slot: Arc<Mutex<Slot>> = Arc::default();
         #[cfg(feature = "ft")]
@@ -102,9 +108,9 @@ impl Vmm {
             exit: Arc::default(),
         });
         let weak = Arc::downgrade(&vmm);
-        std::thread::Builder::new()
-            .name("vmm-control".into())
-            .spawn(move || while_alive(&weak, |vmm, request| vmm.guest_request(request), &from_guest))?;
+        sandbox::spawn(ThreadKind::Control, "vmm-control", move || {
+            while_alive(&weak, |vmm, request| vmm.guest_request(request), &from_guest);
+        })?;
         Ok(vmm)
     }
 
@@ -318,6 +324,7 @@ impl Vmm {
         self.emit("restoring");
         let (config, state) = snapshot::load(&dir).map_err(|e| error(400, "bad_snapshot", e))?;
         config.validate().map_err(|e| error(400, "bad_snapshot", e))?;
+        self.context.landlock.allow(&dir, Access::READ);
         let vm = Vm::new(config.clone(), None, &self.context).map_err(internal)?;
         let loaded = snapshot::load_memory(&dir, vm.ram())
             .map_err(|e| error(400, "bad_snapshot", e))

@@ -11,6 +11,7 @@ use std::thread::JoinHandle;
 use devices::bus::Bus;
 use devices::ioapic::Ioapic;
 use hypervisor::{BootRegisters, Vcpu, VcpuExit, VcpuKicker, VcpuState};
+use sandbox::ThreadKind;
 use thiserror::Error;
 
 use crate::interrupts::lock;
@@ -108,10 +109,8 @@ impl Vcpus {
         };
         for (i, vcpu) in this.vcpus.iter().enumerate() {
             let (vcpu, shared, exits) = (vcpu.clone(), this.shared.clone(), exits.clone());
-            let thread = std::thread::Builder::new()
-                .name(format!("vcpu{i}"))
-                .spawn(move || vcpu_thread(i, &vcpu, &shared, &exits))
-                .map_err(|e| Error::Thread(i, e));
+            let run = move || vcpu_thread(i, &vcpu, &shared, &exits);
+            let thread = sandbox::spawn(ThreadKind::Vcpu, format!("vcpu{i}"), run).map_err(|e| Error::Thread(i, e));
             match thread {
                 Ok(thread) => lock(&this.threads).push(thread),
                 Err(e) => {

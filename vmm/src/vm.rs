@@ -10,10 +10,12 @@ use std::time::Duration;
 
 use api::{Events, VmConfig};
 use hypervisor::{CpuIdEntry, Hypervisor, VcpuState, VmOptions};
+use sandbox::ThreadKind;
 use thiserror::Error;
 
 use crate::devices::{DeviceManager, MachineSignals};
 use crate::interrupts::{Router, lock};
+use crate::landlock::Landlock;
 use crate::memory::{self, GuestRam};
 use crate::state::{self, PowerRequest, VmState};
 use crate::vcpus::{self, Exits, GuestEvents, Vcpus};
@@ -44,6 +46,9 @@ pub enum Error {
     /// A saved state of another version or shape.
     #[error("saved state: {0}")]
     State(String),
+    /// Its files.
+    #[error(transparent)]
+    Landlock(#[from] sandbox::landlock::Error),
     /// The VM was stopped for good.
     #[error("the VM was stopped: {0}")]
     Stopped(String),
@@ -58,6 +63,8 @@ pub struct VmContext {
     pub events: Events,
     /// Gets what the guest asks for (power-off, reset).
     pub requests: crossbeam_channel::Sender<GuestRequest>,
+    /// Which files the process may touch.
+    pub landlock: Arc<Landlock>,
 }
 
 /// What a guest asks of the VMM.
@@ -178,6 +185,7 @@ pub struct Vm {
 impl Vm {
     /// Builds the VM; nothing runs yet. `uuid` names it to FT's arbiter; a fresh one when `None`.
     pub fn new(config: VmConfig, uuid: Option<String>, context: &VmContext) -> Result<Arc<Self>, Error> {
+        context.landlock.restrict(&config)?;
         let hv = |what| move |source| Error::Hypervisor { what, source };
         let ram = GuestRam::new(&config.memory)?;
         let kvm = context
@@ -480,7 +488,7 @@ impl Vm {
                 }
             }
         };
-        if let Err(e) = std::thread::Builder::new().name("announce".into()).spawn(again) {
+        if let Err(e) = sandbox::spawn(ThreadKind::Announce, "announce", again) {
             log::warn!("the guest's addresses are announced only once: {e}");
         }
     }

@@ -67,6 +67,7 @@ impl Bed {
                 hypervisor: Arc::new(hypervisor::kvm::KvmHypervisor::new().unwrap()),
                 events: Events::none(),
                 requests: sender,
+                landlock: std::sync::Arc::default(),
             },
             requests,
         }

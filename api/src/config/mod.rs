@@ -5,13 +5,14 @@
 //! that nobody knows are refused when the JSON is read.
 //!
 //! * [`cpus`], [`memory`], [`disk`], [`net`], [`console`], [`platform`]: the parts;
-//! * [`mac`]: MAC addresses; [`refused`]: parts that only hold their neutral value;
+//! * [`landlock`]: further files; [`mac`]: MAC addresses; [`refused`]: parts that only hold their neutral value;
 //! * [`fill`]: device ids and MAC addresses that the user did not give; [`validate`]: the checks.
 
 pub mod console;
 pub mod cpus;
 pub mod disk;
 pub mod fill;
+pub mod landlock;
 pub mod mac;
 pub mod memory;
 pub mod net;
@@ -26,6 +27,7 @@ use serde::{Deserialize, Serialize};
 pub use console::{ConsoleConfig, ConsoleMode, DebugConsoleConfig};
 pub use cpus::{CoreSchedulingMode, CpuFeatures, CpuTopology, CpusConfig};
 pub use disk::{DiskConfig, ImageType, LockGranularity};
+pub use landlock::LandlockConfig;
 pub use mac::MacAddr;
 pub use memory::{HotplugMethod, MemoryConfig};
 pub use net::{NetConfig, VhostMode};
@@ -98,10 +100,10 @@ pub struct VmConfig {
     pub platform: Option<PlatformConfig>,
     /// Not offered.
     pub tpm: Refused,
-    /// Not offered.
+    /// The VMM touches no other files than those of this configuration.
     pub landlock_enable: bool,
-    /// Not offered.
-    pub landlock_rules: Refused,
+    /// And these.
+    pub landlock_rules: Option<Vec<LandlockConfig>>,
     /// Not offered; printed by some versions of Cloud Hypervisor.
     #[serde(skip_serializing_if = "Refused::is_null")]
     pub sgx_epc: Refused,
@@ -149,7 +151,7 @@ impl Default for VmConfig {
             platform: None,
             tpm: Refused::default(),
             landlock_enable: false,
-            landlock_rules: Refused::default(),
+            landlock_rules: None,
             sgx_epc: Refused::default(),
             gdb: false,
             preserved_fds: Refused::default(),

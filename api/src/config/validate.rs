@@ -11,7 +11,8 @@ use super::{
 };
 
 /// Parts of `VmConfig` that this VMM offers.
-const SUPPORTED: &str = "cpus, memory, payload (kernel, cmdline, initramfs), disks, net, rng, serial, console";
+const SUPPORTED: &str = "cpus, memory, payload (kernel, cmdline, initramfs), disks, net, rng, serial, console, \
+    landlock_enable, landlock_rules";
 const SUPPORTED_CPUS: &str = "boot_vcpus, max_vcpus, topology (1 thread per core, 1 die per package, 1 package)";
 const SUPPORTED_MEMORY: &str = "size, mergeable, shared, hugepages, hugepage_size, prefault, thp";
 const SUPPORTED_DISK: &str = "path, readonly, direct, queue_size, id, serial, image_type (Raw), disable_io_uring";
@@ -127,6 +128,14 @@ impl VmConfig {
         for (i, net) in self.net.iter().flatten().enumerate() {
             part(format!("net[{i}]."), SUPPORTED_NET, &mut |c| check_net(net, c));
         }
+        for (i, rule) in self.landlock_rules.iter().flatten().enumerate() {
+            part(format!("landlock_rules[{i}]."), "path, access", &mut |c| {
+                c.require(!rule.path.as_os_str().is_empty(), "path", "must be a path");
+                let known = ["r", "w", "rw", "wr"].contains(&rule.access.as_str());
+                c.require(known, "access", "must be r, w or rw");
+                c.require(self.landlock_enable, "path", "has no effect without landlock_enable");
+            });
+        }
         part("serial.".into(), SUPPORTED_CONSOLE, &mut |c| {
             check_console(&self.serial, c)
         });
@@ -156,7 +165,6 @@ impl VmConfig {
             ("rtc", &self.rtc),
             ("pci_segments", &self.pci_segments),
             ("tpm", &self.tpm),
-            ("landlock_rules", &self.landlock_rules),
             ("sgx_epc", &self.sgx_epc),
             ("preserved_fds", &self.preserved_fds),
         ]);
@@ -164,7 +172,6 @@ impl VmConfig {
             ("iommu", self.iommu),
             ("watchdog", self.watchdog),
             ("pvpanic", self.pvpanic),
-            ("landlock_enable", self.landlock_enable),
             ("gdb", self.gdb),
         ]);
         let debug_off = self.debug_console.as_ref().is_none_or(|d| d.mode == ConsoleMode::Off);

@@ -1,9 +1,12 @@
-//! The options that describe a VM: `--cpus`, `--memory`, `--disk`, `--net`, `--rng`, `--serial`, `--console`.
+//! The options that describe a VM: `--cpus`, `--memory`, `--disk`, `--net`, `--rng`, `--serial`, `--console`,
+//! `--landlock-rules`.
 //!
 //! They only read; [`crate::VmConfig::validate`] checks the whole.
 
 use super::{ByteSize, OptionError, Options};
-use crate::config::{ConsoleConfig, ConsoleMode, CpusConfig, DiskConfig, MemoryConfig, NetConfig, RngConfig};
+use crate::config::{
+    ConsoleConfig, ConsoleMode, CpusConfig, DiskConfig, LandlockConfig, MemoryConfig, NetConfig, RngConfig,
+};
 
 impl CpusConfig {
     /// `--cpus boot=2,max=2`
@@ -107,6 +110,17 @@ impl NetConfig {
         options.set("offload_ufo", &mut net.offload_ufo)?;
         options.set("offload_csum", &mut net.offload_csum)?;
         Ok(net)
+    }
+}
+
+impl LandlockConfig {
+    /// `--landlock-rules path=/srv/snapshots,access=rw`
+    pub fn parse(text: &str) -> Result<Self, OptionError> {
+        let mut options = Options::parse("--landlock-rules", &["path", "access"], text)?;
+        Ok(Self {
+            path: options.need("path")?,
+            access: options.need("access")?,
+        })
     }
 }
 

@@ -1,7 +1,7 @@
 //! The HTTP/1.1 server on a Unix socket.
 //!
-//! One thread looks after all connections (hyper on a current-thread runtime); requests are served by a pool of worker
-//! threads, so that neither a long request nor a client that stalls holds up the others. Bounds: [`MAX_CONNECTIONS`],
+//! One thread looks after all connections (hyper on a current-thread runtime); each request is served on a
+//! thread of its own, so that neither a long request nor a client that stalls holds up the others. Bounds: [`MAX_CONNECTIONS`],
 //! [`MAX_BODY`], [`HEAD_TIME`], [`BODY_TIME`].
 //!
 //! * [`socket`]: the listening socket and its file; [`endpoints`]: from path and body to a request.
@@ -20,10 +20,11 @@ use hyper::body::{Body, Bytes, Incoming};
 use hyper::header::{ALLOW, CONNECTION, CONTENT_TYPE};
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
+use sandbox::ThreadKind;
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::{Semaphore, oneshot, watch};
 
-use crate::service::{ApiError, ErrorBody, Response, VmmService};
+use crate::service::{ApiError, ErrorBody, Request, Response, VmmService};
 pub use socket::{ApiSocket, SocketError};
 
 /// Connections served at the same time; further ones wait for their turn.
@@ -55,19 +56,16 @@ impl Server {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_io()
             .enable_time()
-            .max_blocking_threads(MAX_WORKERS)
-            .thread_name("api-worker")
             .build()?;
         let listener = {
             let _context = runtime.enter();
             UnixListener::from_std(listener)?
         };
         let (stop, stopped) = watch::channel(false);
-        let thread = std::thread::Builder::new().name("api-server".into()).spawn(move || {
+        let thread = sandbox::spawn(ThreadKind::ApiServer, "api-server", move || {
+            // Whoever still works on a request ends with the process.
             runtime.block_on(serve(listener, service, stopped));
             drop(file);
-            // Whoever still works on a request ends with the process.
-            runtime.shutdown_background();
         })?;
         Ok(Self {
             stop,
@@ -94,6 +92,8 @@ impl Drop for Server {
 
 async fn serve(listener: UnixListener, service: Arc<dyn VmmService>, mut stopped: watch::Receiver<bool>) {
     let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let free = Arc::new(Semaphore::new(MAX_WORKERS));
+    let workers = Arc::new(Workers { service, free });
     loop {
         let next = async {
             let slot = slots.clone().acquire_owned().await;
@@ -105,9 +105,9 @@ async fn serve(listener: UnixListener, service: Arc<dyn VmmService>, mut stopped
         };
         match accepted {
             Ok((stream, _)) => {
-                let (service, stopped) = (service.clone(), stopped.clone());
+                let (workers, stopped) = (workers.clone(), stopped.clone());
                 tokio::spawn(async move {
-                    connection(stream, service, stopped).await;
+                    connection(stream, workers, stopped).await;
                     drop(slot);
                 });
             }
@@ -125,10 +125,10 @@ async fn serve(listener: UnixListener, service: Arc<dyn VmmService>, mut stopped
     }
 }
 
-async fn connection(stream: UnixStream, service: Arc<dyn VmmService>, mut stopped: watch::Receiver<bool>) {
+async fn connection(stream: UnixStream, workers: Arc<Workers>, mut stopped: watch::Receiver<bool>) {
     let answer = service_fn(move |request| {
-        let service = service.clone();
-        async move { Ok::<_, Infallible>(answer(request, service).await) }
+        let workers = workers.clone();
+        async move { Ok::<_, Infallible>(answer(request, workers).await) }
     });
     // Some clients close their sending half once the request is out, and still want the answer.
     let mut builder = hyper::server::conn::http1::Builder::new();
@@ -150,10 +150,10 @@ async fn connection(stream: UnixStream, service: Arc<dyn VmmService>, mut stoppe
     }
 }
 
-async fn answer(request: hyper::Request<Incoming>, service: Arc<dyn VmmService>) -> HttpResponse {
+async fn answer(request: hyper::Request<Incoming>, workers: Arc<Workers>) -> HttpResponse {
     let method = request.method().as_str().to_string();
     let path = request.uri().path().to_string();
-    match serve_request(request, service).await {
+    match serve_request(request, workers).await {
         Ok(response) => {
             log::debug!("API: {method} {path}: done");
             success(&response)
@@ -165,7 +165,7 @@ async fn answer(request: hyper::Request<Incoming>, service: Arc<dyn VmmService>)
     }
 }
 
-async fn serve_request(request: hyper::Request<Incoming>, service: Arc<dyn VmmService>) -> Result<Response, ApiError> {
+async fn serve_request(request: hyper::Request<Incoming>, workers: Arc<Workers>) -> Result<Response, ApiError> {
     let endpoint = endpoints::find(request.method().as_str(), request.uri().path())?;
     if request.uri().query().is_some() {
         let message = format!("{} takes no query parameters: send them in the body", endpoint.name);
@@ -173,8 +173,7 @@ async fn serve_request(request: hyper::Request<Incoming>, service: Arc<dyn VmmSe
     }
     let body = read_body(request.into_body()).await?;
     let request = endpoint.request(&body)?;
-    let served = tokio::task::spawn_blocking(move || service.call(request)).await;
-    served.unwrap_or_else(|e| {
+    workers.serve(request).await.unwrap_or_else(|e| {
         log::error!("API: {}: {e}", endpoint.name);
         Err(ApiError::new(
             500,
@@ -182,6 +181,28 @@ async fn serve_request(request: hyper::Request<Incoming>, service: Arc<dyn VmmSe
             "the VMM failed at this request; its log tells more",
         ))
     })
+}
+
+/// Who serves requests.
+struct Workers {
+    service: Arc<dyn VmmService>,
+    free: Arc<Semaphore>,
+}
+
+impl Workers {
+    /// Serves a request on a thread of its own; an error when that failed.
+    async fn serve(&self, request: Request) -> io::Result<Result<Response, ApiError>> {
+        // The semaphore is never closed.
+        let turn = self.free.clone().acquire_owned().await.map_err(io::Error::other)?;
+        let (answer, answered) = oneshot::channel();
+        let service = self.service.clone();
+        sandbox::spawn(ThreadKind::ApiWorker, "api-worker", move || {
+            // The client may have gone meanwhile.
+            let _ = answer.send(service.call(request));
+            drop(turn);
+        })?;
+        answered.await.map_err(|_| io::Error::other("its thread panicked"))
+    }
 }
 
 async fn read_body(body: Incoming) -> Result<Bytes, ApiError> {

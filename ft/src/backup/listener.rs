@@ -8,6 +8,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 
+use sandbox::ThreadKind;
+
 use super::{Shared, admission};
 use crate::primary::session::lock;
 use crate::transport::Listener;
@@ -40,7 +42,7 @@ pub(super) fn run(shared: &Arc<Shared>, listener: &Listener, woken: &UnixStream)
         }
         greeting.fetch_add(1, Ordering::SeqCst);
         let (shared, count) = (shared.clone(), greeting.clone());
-        let started = std::thread::Builder::new().name("ft-receiver".into()).spawn(move || {
+        let started = sandbox::spawn(ThreadKind::FtAdmission, "ft-receiver", move || {
             admission::greet(&shared, stream, &peer);
             count.fetch_sub(1, Ordering::SeqCst);
         });

@@ -20,6 +20,8 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use sandbox::ThreadKind;
+
 use crate::Error;
 use crate::arbiter;
 use crate::config::{FtInfo, FtReceiveConfig, FtRole, FtState};
@@ -176,13 +178,11 @@ impl Shared {
 
 impl Backup {
     fn start(&self, shared: Arc<Shared>, listener: Listener, woken: UnixStream) -> Result<(), Error> {
-        let thread = std::thread::Builder::new()
-            .name("ft-listen".into())
-            .spawn(move || listener::run(&shared, &listener, &woken))
-            .map_err(|source| Error::Host {
-                what: "start a thread of FT",
-                source,
-            })?;
+        let run = move || listener::run(&shared, &listener, &woken);
+        let thread = sandbox::spawn(ThreadKind::FtListen, "ft-listen", run).map_err(|source| Error::Host {
+            what: "start a thread of FT",
+            source,
+        })?;
         lock(&self.threads).push(thread);
         Ok(())
     }

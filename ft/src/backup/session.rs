@@ -8,6 +8,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
+use sandbox::ThreadKind;
+
 use super::applier::{self, Checkpoint, Checkpoints, Job};
 use super::report::Measures;
 use crate::arbiter::Arbiter;
@@ -116,19 +118,22 @@ impl Session {
         let (jobs, todo) = crossbeam_channel::unbounded();
         *lock(&self.jobs) = Some(jobs);
         let mut threads = Vec::new();
-        let mut spawn = |name: &str, body: Box<dyn FnOnce() + Send>| match std::thread::Builder::new()
-            .name(name.into())
-            .spawn(body)
-        {
+        let mut spawn = |kind, name: &str, body: Box<dyn FnOnce() + Send>| match sandbox::spawn(kind, name, body) {
             Ok(thread) => threads.push(thread),
             Err(e) => self.feed(Event::Leave(format!("the backup cannot start a thread: {e}"))),
         };
         let s = self.clone();
-        spawn("ft-applier", Box::new(move || applier::run(&s, &todo)));
+        spawn(
+            ThreadKind::FtApplier,
+            "ft-applier",
+            Box::new(move || applier::run(&s, &todo)),
+        );
         let s = self.clone();
-        spawn("ft-sender", Box::new(move || s.send()));
+        spawn(ThreadKind::FtSender, "ft-sender", Box::new(move || s.send()));
         let s = self.clone();
-        spawn("ft-pulse", Box::new(move || s.pulse()));
+        spawn(ThreadKind::FtPulse, "ft-pulse", Box::new(move || s.pulse()));
+        // What comes from here on is the primary's, and more of it than any other thread reads.
+        sandbox::threads::enter(ThreadKind::FtBackup);
         self.receive(reader);
         self.received_all.store(true, Ordering::SeqCst);
         self.signal();
@@ -247,7 +252,7 @@ impl Session {
 
     fn ask(self: &Arc<Self>, expected: u64) {
         let session = self.clone();
-        let asked = std::thread::Builder::new().name("ft-arbiter".into()).spawn(move || {
+        let asked = sandbox::spawn(ThreadKind::FtArbiter, "ft-arbiter", move || {
             let answer = session
                 .arbiter
                 .test_and_set(&session.hello.identity.vm_id, expected, &session.node);

@@ -4,6 +4,8 @@ use std::io::Read;
 use std::sync::Arc;
 use std::time::Duration;
 
+use sandbox::ThreadKind;
+
 use super::session::{Session, SessionParts};
 use crate::Error;
 use crate::arbiter::{self, Arbiter, ArbiterError};
@@ -45,16 +47,14 @@ pub fn ask<T: Send + 'static>(
 ) -> Result<T, Error> {
     let (answer, answered) = crossbeam_channel::bounded(1);
     let arbiter = arbiter.clone();
-    std::thread::Builder::new()
-        .name("ft-arbiter".into())
-        .spawn(move || {
-            // Nobody may listen any more.
-            let _ = answer.send(question(arbiter.as_ref()));
-        })
-        .map_err(|source| Error::Host {
-            what: "start a thread of FT",
-            source,
-        })?;
+    sandbox::spawn(ThreadKind::FtArbiter, "ft-arbiter", move || {
+        // Nobody may listen any more.
+        let _ = answer.send(question(arbiter.as_ref()));
+    })
+    .map_err(|source| Error::Host {
+        what: "start a thread of FT",
+        source,
+    })?;
     match answered.recv_timeout(ARBITER_TIMEOUT) {
         Ok(result) => Ok(result?),
         Err(_) => {

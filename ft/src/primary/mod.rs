@@ -22,6 +22,8 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use sandbox::ThreadKind;
+
 use crate::Error;
 use crate::config::{FtEnableConfig, FtInfo, FtLimitsPatch, FtState};
 use crate::core::primary::Event;
@@ -66,8 +68,8 @@ impl Primary {
         reader: crate::wire::reader::FrameReader<crate::transport::Stream>,
     ) -> Result<(), Error> {
         let mut threads = lock(&self.threads);
-        let mut spawn = |name: &str, body: Box<dyn FnOnce() + Send>| {
-            let started = std::thread::Builder::new().name(name.into()).spawn(body);
+        let mut spawn = |kind: ThreadKind, name: &str, body: Box<dyn FnOnce() + Send>| {
+            let started = sandbox::spawn(kind, name, body);
             threads.push(started.map_err(|source| Error::Host {
                 what: "start a thread of FT",
                 source,
@@ -75,13 +77,21 @@ impl Primary {
             Ok::<(), Error>(())
         };
         let s = session.clone();
-        spawn("ft-receiver", Box::new(move || s.receive(reader)))?;
+        spawn(
+            ThreadKind::FtReceiver,
+            "ft-receiver",
+            Box::new(move || s.receive(reader)),
+        )?;
         let s = session.clone();
-        spawn("ft-sender", Box::new(move || s.send()))?;
+        spawn(ThreadKind::FtSender, "ft-sender", Box::new(move || s.send()))?;
         let s = session.clone();
-        spawn("ft-pulse", Box::new(move || s.pulse()))?;
+        spawn(ThreadKind::FtPulse, "ft-pulse", Box::new(move || s.pulse()))?;
         let s = session.clone();
-        spawn("ft-control", Box::new(move || controller::run(&s)))
+        spawn(
+            ThreadKind::FtControl,
+            "ft-control",
+            Box::new(move || controller::run(&s)),
+        )
     }
 
     /// The report for `ft info`.

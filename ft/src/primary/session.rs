@@ -8,6 +8,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use sandbox::ThreadKind;
+
 use crate::arbiter::{Arbiter, Verdict};
 use crate::config::{FtDurability, FtInfo, FtLimits, FtRole, FtState};
 use crate::core::arbitration::Answer;
@@ -356,7 +358,7 @@ impl Session {
             return;
         }
         let session = self.clone();
-        let asked = std::thread::Builder::new().name("ft-arbiter".into()).spawn(move || {
+        let asked = sandbox::spawn(ThreadKind::FtArbiter, "ft-arbiter", move || {
             let answer = session
                 .arbiter
                 .test_and_set(&session.identity.vm_id, expected, &session.node);

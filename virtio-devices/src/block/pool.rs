@@ -6,6 +6,7 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
+use sandbox::ThreadKind;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::file::DiskFile;
@@ -61,9 +62,7 @@ impl Pool {
         };
         for _ in 0..THREADS {
             let shared = pool.shared.clone();
-            let thread = std::thread::Builder::new()
-                .name("virtio-disk-io".into())
-                .spawn(move || work(&shared))?;
+            let thread = sandbox::spawn(ThreadKind::DiskIo, "virtio-disk-io", move || work(&shared))?;
             pool.threads.push(thread);
         }
         Ok(pool)

@@ -11,13 +11,18 @@ mod consoles;
 mod protected;
 mod shadow;
 
+use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use api::{ApiError, Request, Response};
+use ft::arbiter::Description;
+use ft::arbiter::description::TlsFiles;
 use ft::config::{FtEnableConfig, FtInfo, FtReceiveConfig};
 use ft::{Backup, EventSink, FtEvent, Primary};
+use sandbox::landlock::Access;
 
 use crate::interrupts::lock;
+use crate::landlock::Landlock;
 use crate::plugin::Plugin;
 use crate::vm::{Vm, VmContext};
 use protected::ProtectedVm;
@@ -51,12 +56,27 @@ fn error(status: u16, code: &str, message: impl std::fmt::Display) -> ApiError {
 impl FtPlugin {
     /// `arbiter`: default for requests that name none. `adopt` gets the VM of a takeover.
     pub fn new(context: VmContext, arbiter: Option<String>, adopt: Adopt) -> Self {
+        allow_arbiter(&context.landlock, arbiter.as_deref());
         Self {
             context,
             arbiter,
             adopt,
             changing: Mutex::default(),
             session: Mutex::new(Session::Off),
+        }
+    }
+
+    /// What this request names is left accessible when the VM comes.
+    fn allow(&self, config: &FtReceiveConfig) {
+        let landlock = &self.context.landlock;
+        allow_arbiter(landlock, config.arbiter.as_deref());
+        if let Some(tls) = &config.tls {
+            landlock.allow(&tls.dir, Access::READ);
+        }
+        // A socket's file is removed at the end.
+        let socket = config.listen.strip_prefix("unix:").map(Path::new);
+        if let Some(dir) = socket.and_then(Path::parent).filter(|dir| dir.exists()) {
+            landlock.allow(dir, Access::REMOVE);
         }
     }
 
@@ -133,6 +153,7 @@ impl FtPlugin {
             config.arbiter.clone_from(&self.arbiter);
         }
         end(self.put(Session::Off));
+        self.allow(&config);
         let host = VmShadowHost {
             context: self.context.clone(),
             overrides: config.clone(),
@@ -141,6 +162,19 @@ impl FtPlugin {
         let backup = ft::receive(Arc::new(host), config, self.events()).map_err(|e| error(e.status(), e.code(), &e))?;
         self.put(Session::Backup(Arc::new(backup)));
         Ok(Response::Empty)
+    }
+}
+
+/// Leaves an arbiter's files accessible. A wrong description is told when the arbiter is opened.
+fn allow_arbiter(landlock: &Landlock, description: Option<&str>) {
+    match description.map(str::parse) {
+        Some(Ok(Description::File(dir))) => landlock.allow(dir, Access::READ_WRITE),
+        Some(Ok(Description::Etcd(cluster))) => {
+            let own = |tls: &TlsFiles| tls.identity.clone().into_iter().flat_map(|(cert, key)| [cert, key]);
+            let files = cluster.tls.iter().flat_map(|tls| own(tls).chain([tls.ca.clone()]));
+            files.for_each(|path| landlock.allow(path, Access::READ));
+        }
+        Some(Err(_)) | None => {}
     }
 }
 

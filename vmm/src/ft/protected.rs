@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use ft::interposer::Interposer;
 use ft::machine::{DiskIdentity, Identity, MachineError, Output, PageRun, Protected, SavedState};
+use sandbox::ThreadKind;
 use virtio_devices::backend::{BlockBackend, ConsoleBackend, NetBackend};
 
 use super::backends::{HeldConsole, HeldNet, Slot};
@@ -306,9 +307,9 @@ impl Protected for ProtectedVm {
             return;
         }
         let (vm, throttle) = (Arc::downgrade(&self.vm), self.throttle.clone());
-        let started = std::thread::Builder::new()
-            .name("ft-throttle".into())
-            .spawn(move || throttle_thread(vm, throttle));
+        let started = sandbox::spawn(ThreadKind::FtThrottle, "ft-throttle", move || {
+            throttle_thread(vm, throttle)
+        });
         match started {
             Ok(_) => state.running = true,
             Err(e) => log::error!("ft: the guest cannot be slowed down: {e}"),
