@@ -32,22 +32,13 @@ pub struct Arbitration {
 }
 
 impl Arbitration {
-    /// Begins: the caller asks at once.
+    /// Begins: [`Arbitration::ask_again`] says so at once.
     pub fn begin() -> Self {
         Self {
-            asking: true,
+            asking: false,
             retry_at: 0,
             backoff: FIRST_BACKOFF,
             unanswered: None,
-        }
-    }
-
-    /// Begins later: the caller asks when [`Arbitration::ask_again`] says so.
-    pub fn begin_at(at: Nanos) -> Self {
-        Self {
-            asking: false,
-            retry_at: at,
-            ..Self::begin()
         }
     }
 
