@@ -15,6 +15,7 @@ mod checks;
 mod faults;
 mod guest;
 mod primary;
+mod session;
 mod stream;
 mod world;
 
@@ -23,7 +24,7 @@ use world::{Bug, World};
 fn seeds() -> u64 {
     std::env::var("FT_SIM_SEEDS")
         .ok()
-        .map_or(10_000, |n| n.parse().expect("FT_SIM_SEEDS is a number"))
+        .map_or(20_000, |n| n.parse().expect("FT_SIM_SEEDS is a number"))
 }
 
 /// Runs seeds on both processors; the first failure, if any.
@@ -117,6 +118,12 @@ fn injected_bugs_are_caught() {
         (Bug::InputsOutOfOrder, "R8"),
         (Bug::LoseCommittedOutputs, "R1"),
         (Bug::NeverAsk, "liveness"),
+        (Bug::ReleaseWithoutLook, "R4"),
+        (Bug::UseDamaged, "R"),
+        (Bug::AckBeforeDurable, "R5"),
+        (Bug::FlushIsForgotten, "R5"),
+        (Bug::Impatient, "R4"),
+        (Bug::StaleGeneration, "liveness"),
     ] {
         let caught = first_failure(0..3_000, Some(bug));
         let (seed, violation) = caught.unwrap_or_else(|| panic!("{bug:?} was not caught"));
