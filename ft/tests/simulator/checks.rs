@@ -209,7 +209,8 @@ impl World {
             return Some(format!("the primary still is {primary:?}"));
         }
         let pair = self.s.p.alive && primary == FtState::Protected;
-        (self.s.b.alive && !self.s.b.core.is_over() && !pair).then(|| format!("the backup still is {backup:?}"))
+        // Not armed, it waits for nothing that matters to the VM.
+        (self.s.b.alive && self.s.b.core.is_armed() && !pair).then(|| format!("the backup still is {backup:?}"))
     }
 
     /// Nobody runs the VM: was there really nobody who could have gone on, as far as the protocol can know?
@@ -221,9 +222,10 @@ impl World {
             // It stopped because the backup won, which then crashed or could not make the VM run.
             backup_won && cannot
         } else {
-            // It crashed, and its backup did too, cannot go on, was released, or had lost to it.
+            // It crashed, and its backup did too, cannot go on, had lost to it, was released or not armed yet.
             let lost = winner == Some(self.node(Side::Primary));
-            cannot || self.s.b.out || lost || self.s.b.fail_apply
+            let never_armed = self.s.b.whole == 0;
+            cannot || self.s.b.out || lost || never_armed || self.s.b.fail_apply
         };
         if !why {
             let ends = self.ends();

@@ -84,6 +84,8 @@ pub const ACTIVE: u64 = ms(900);
 /// The longest fault, the longest silence that is no loss, the longest pause between two questions to the arbiter, and
 /// as much again.
 const SETTLED: u64 = ms(8_000);
+/// A backup that never got a whole epoch is more patient.
+const SYNCING: u64 = ms(13_000);
 /// When a pair that is at peace may be left alone: every silence would have been noticed.
 const QUIET: u64 = ms(3_500);
 
@@ -245,10 +247,6 @@ impl World {
         *self.counts.entry(what).or_insert(0) += n;
     }
 
-    pub fn counters(&self) -> impl Iterator<Item = (&'static str, u64)> {
-        self.counts.iter().map(|(what, n)| (*what, *n))
-    }
-
     pub fn ends(&self) -> (FtState, FtState) {
         (self.s.p.core.status().state, self.s.b.core.status().state)
     }
@@ -267,7 +265,10 @@ impl World {
 
     pub fn run(&mut self) -> Result<(), String> {
         while let Some(Reverse((at, _, slot))) = self.queue.pop() {
-            if at > self.active + SETTLED || self.violation.is_some() || (at > self.active + QUIET && self.is_quiet()) {
+            if at > self.active + self.patience()
+                || self.violation.is_some()
+                || (at > self.active + QUIET && self.is_quiet())
+            {
                 break;
             }
             self.now = self.now.max(at);
@@ -284,6 +285,11 @@ impl World {
             self.check_end();
         }
         self.violation.clone().map_or(Ok(()), Err)
+    }
+
+    /// How long after the faults it may take until the VM runs, or everybody gave up.
+    fn patience(&self) -> u64 {
+        if self.s.b.whole == 0 { SYNCING } else { SETTLED }
     }
 
     fn is_quiet(&self) -> bool {
