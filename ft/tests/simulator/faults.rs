@@ -121,6 +121,12 @@ impl World {
                 let other = self.any_side();
                 self.at(at.saturating_sub(ms(5)), Ev::Fault(Fault::NoArbiter(other, ms(1_500))));
             }
+            if matches!(fault, Fault::ClockJump(..)) && self.one_in(2) {
+                // Jumps do harm while a side waits for silence or holds a lease.
+                let (before, span) = (self.below(ms(400)), ms(200) + self.below(ms(300)));
+                let cut = at.saturating_sub(before).max(self.now);
+                self.at(cut, Ev::Fault(Fault::Partition(span)));
+            }
             self.at(at, Ev::Fault(fault));
         }
     }
