@@ -3,7 +3,7 @@
 use super::{Nanos, ms};
 
 /// What came back from the arbiter.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Answer {
     /// The next generation is ours.
     Won,
@@ -23,7 +23,7 @@ const FIRST_BACKOFF: Nanos = ms(50);
 const MAX_BACKOFF: Nanos = ms(2_000);
 
 /// One arbitration.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Arbitration {
     asking: bool,
     retry_at: Nanos,

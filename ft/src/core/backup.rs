@@ -119,7 +119,7 @@ pub enum Action {
     Discard,
 }
 
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 enum Phase {
     Syncing,
     Armed,
@@ -142,7 +142,7 @@ enum Phase {
 }
 
 /// How a takeover went.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
 pub struct Times {
     /// Last sign of life of the primary.
     pub heard: Nanos,
@@ -153,7 +153,7 @@ pub struct Times {
 }
 
 /// The backup, for one session with a primary.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct BackupState {
     phase: Phase,
     reason: Option<String>,

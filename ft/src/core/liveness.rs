@@ -14,7 +14,7 @@
 use super::Nanos;
 
 /// Detects silence.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Silence {
     timeout: Nanos,
     /// Silence counts from here at the earliest.
@@ -51,7 +51,7 @@ impl Silence {
 }
 
 /// The primary's right to release.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Lease {
     timeout: Nanos,
     /// A longer timeout, in force when the backup returned a stamp later than this.
