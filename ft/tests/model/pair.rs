@@ -9,9 +9,11 @@ use ft::core::pacing::Limits;
 use ft::core::primary::{self, FromBackup, PrimaryState, ToBackup};
 use ft::core::{Nanos, ms};
 
-/// The silence that counts as death is this many steps of the clock.
-pub const TIMEOUT: u64 = 8;
-const STEP: Nanos = ms(500) / TIMEOUT;
+/// The silence that counts as death is this many ticks; both sides look at the clock at each.
+const TIMEOUT: u64 = 8;
+const TICK: Nanos = ms(500) / TIMEOUT;
+/// A step of the clock. Three of them are more than the timeout, two are as long as the primary's lease.
+const TICKS: u64 = 3;
 
 /// Index of the primary and of the backup: of processes, and of the direction in which they send.
 pub const P: usize = 0;
@@ -32,6 +34,7 @@ pub enum Message {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Budget {
     pub crashes: u8,
+    pub power_cuts: u8,
     pub damages: u8,
     pub resets: u8,
     /// Questions that do not reach the arbiter, or whose answers are lost.
@@ -66,8 +69,10 @@ pub enum Step {
     AnswerLost(usize),
     /// The answer arrives.
     Hears(usize),
-    /// A process ends, and its kernel closes the connection (or, with `true`, its host has no power).
-    Crash(usize, bool),
+    /// A process ends, and its kernel closes the connection.
+    Crash(usize),
+    /// A host ends, and nobody closes anything.
+    PowerCut(usize),
     /// The next message of this direction is damaged.
     Damage(usize),
     /// The connection breaks for both, with what is under way.
@@ -128,13 +133,13 @@ impl Pair {
     pub fn new(in_flight: usize, budget: Budget) -> Self {
         let mut pair = Self {
             now: 1,
-            p: PrimaryState::new(0, limits(), in_flight, STEP),
-            b: BackupState::new(0, TIMEOUT * STEP, 1, STEP),
+            p: PrimaryState::new(0, limits(), in_flight, TICK),
+            b: BackupState::new(0, TIMEOUT * TICK, 1, TICK),
             up: [true; 2],
             stopped: [false; 2],
             wires: Default::default(),
             open: [true; 2],
-            heard: [STEP; 2],
+            heard: [TICK; 2],
             echo: 0,
             taking: true,
             leaving: None,
@@ -159,7 +164,7 @@ impl Pair {
     }
 
     fn time(&self) -> Nanos {
-        self.now * STEP
+        self.now * TICK
     }
 
     fn breaks(&mut self, rule: &'static str) {
@@ -176,7 +181,7 @@ impl Pair {
         let over = [self.p.is_over(), self.b.is_over()];
         let all = over[P] && over[B];
         let steps = [
-            (Step::Clock, self.now < end && !all),
+            (Step::Clock, self.now < end * TICKS && !all),
             (Step::Deliver(P), self.can_deliver(P)),
             (Step::Deliver(B), self.can_deliver(B)),
             (Step::Taken, p && self.taking),
@@ -192,7 +197,11 @@ impl Pair {
             (Step::Failover, p && !over[P] && budget.failovers > 0),
             (Step::Disable, p && !over[P] && budget.disables > 0),
         ];
-        let mut steps: Vec<Step> = steps.into_iter().filter(|(_, can)| *can).map(|(step, _)| step).collect();
+        let mut steps: Vec<Step> = steps
+            .into_iter()
+            .filter(|(_, can)| *can)
+            .map(|(step, _)| step)
+            .collect();
         for side in [P, B] {
             let asked = self.questions[side].is_some();
             let each = [
@@ -200,8 +209,8 @@ impl Pair {
                 (Step::Unreachable(side), asked && budget.unanswered > 0),
                 (Step::AnswerLost(side), asked && budget.unanswered > 0),
                 (Step::Hears(side), self.works(side) && self.answers[side].is_some()),
-                (Step::Crash(side, false), self.up[side] && budget.crashes > 0),
-                (Step::Crash(side, true), self.up[side] && budget.crashes > 0),
+                (Step::Crash(side), self.up[side] && budget.crashes > 0),
+                (Step::PowerCut(side), self.up[side] && budget.power_cuts > 0),
                 (Step::Damage(side), self.can_deliver(side) && budget.damages > 0),
                 (Step::Stop(side), self.works(side) && !over[side] && budget.stops > 0),
                 (Step::Continue(side), self.up[side] && self.stopped[side]),
@@ -260,9 +269,14 @@ impl Pair {
                     }
                 }
             }
-            Step::Crash(side, power) => {
+            Step::Crash(side) => {
                 budget.crashes -= 1;
-                self.crash(side, power);
+                self.close(side);
+                self.ends(side);
+            }
+            Step::PowerCut(side) => {
+                budget.power_cuts -= 1;
+                self.ends(side);
             }
             Step::Damage(from) => {
                 budget.damages -= 1;
@@ -301,16 +315,23 @@ impl Pair {
         }
     }
 
+    /// A sign of life leaves at its beginning, unless something else is under way.
     fn clock(&mut self, epochs: u64) {
-        self.now += 1;
+        for tick in 0..TICKS {
+            self.now += 1;
+            self.tick(tick == 0, epochs);
+        }
+    }
+
+    fn tick(&mut self, first: bool, epochs: u64) {
         if self.works(P) && !self.p.is_over() {
-            if self.wires[P].is_empty() {
+            if first && self.wires[P].is_empty() {
                 self.send(P, Message::Heartbeat);
             }
             self.primary_tick(epochs);
         }
         if self.works(B) && !self.b.is_over() {
-            if self.wires[B].is_empty() {
+            if first && self.wires[B].is_empty() {
                 self.send(B, Message::Heartbeat);
             }
             let took = self.b.takes_data();
@@ -341,10 +362,7 @@ impl Pair {
         self.open[side] = false;
     }
 
-    fn crash(&mut self, side: usize, power: bool) {
-        if !power {
-            self.close(side);
-        }
+    fn ends(&mut self, side: usize) {
         (self.up[side], self.open[side]) = (false, false);
         (self.questions[side], self.answers[side]) = (None, None);
         if side == P {
@@ -407,7 +425,13 @@ impl Pair {
             match action {
                 primary::Action::Checkpoint => self.taking = true,
                 primary::Action::Resume | primary::Action::Throttle(_) => {}
-                primary::Action::Release(epoch) => self.leaving = Some(epoch),
+                primary::Action::Release(epoch) => {
+                    self.leaving = Some(epoch);
+                    // Only a process that may be stopped in between takes its time.
+                    if self.budget.stops == 0 {
+                        self.leave();
+                    }
+                }
                 primary::Action::Send(message) => self.send(P, Message::ToBackup(message)),
                 primary::Action::AskArbiter { expected } => self.questions[P] = Some(expected),
                 primary::Action::Disconnect => self.close(P),
@@ -531,7 +555,7 @@ impl Pair {
     pub fn heals(mut self, limit: u64) -> bool {
         self.budget = Budget::default();
         self.stopped = [false; 2];
-        let end = self.now + limit;
+        let end = self.now / TICKS + limit;
         loop {
             if let Some(well) = self.decided() {
                 return well;
