@@ -116,6 +116,8 @@ pub struct Pair {
     /// It asked the arbiter when the primary's lease must have ended.
     unhurried: bool,
     activation_failed: bool,
+    /// The primary, which had offered the VM, was told so.
+    told: bool,
     pub budget: Budget,
     /// A rule that is broken.
     pub broken: Option<&'static str>,
@@ -156,6 +158,7 @@ impl Pair {
             out: false,
             unhurried: false,
             activation_failed: false,
+            told: false,
             budget,
             broken: None,
         };
@@ -411,7 +414,11 @@ impl Pair {
         self.heard[P] = self.time();
         let event = match message {
             Message::End => primary::Event::PeerLost("closed".into()),
-            Message::FromBackup(message) => primary::Event::Peer { echo, message },
+            Message::FromBackup(message) => {
+                let failed = matches!(message, FromBackup::HandoverFailed { .. });
+                self.told |= failed && self.p.status().state == FtState::Protected;
+                primary::Event::Peer { echo, message }
+            }
             _ => primary::Event::Peer {
                 echo,
                 message: FromBackup::Heartbeat,
@@ -545,7 +552,7 @@ impl Pair {
         let lost = self.winners[1] == Some(P);
         // The primary stopped, or crashed, for good: the backup must be unable to go on, too.
         Some(if self.up[P] {
-            self.winners[1] == Some(B) && cannot
+            self.winners[1] == Some(B) && cannot && !self.told
         } else {
             cannot || lost || self.out || self.whole == 0
         })
