@@ -36,8 +36,6 @@ pub struct BackupSide {
     pub live: bool,
     /// Live: the last output that the VM remembers.
     pub outputs: u64,
-    /// Asked the arbiter, ever.
-    pub asked: bool,
     /// It can never become the VM.
     pub out: bool,
     pub fail_apply: bool,
@@ -85,7 +83,6 @@ impl BackupSide {
             connected: true,
             live: false,
             outputs: 0,
-            asked: false,
             out: false,
             fail_apply: false,
             fail_activation: false,
@@ -146,8 +143,9 @@ impl World {
                 self.count("handovers", 1);
                 self.send_to_primary(Frame::HandedOver(generation));
             }
-            Action::Send(ToPrimary::HandoverFailed { generation, reason }) => {
+            Action::Send(ToPrimary::HandoverFailed { mut generation, reason }) => {
                 self.s.b.out = true;
+                generation += u64::from(self.bug == Some(Bug::WrongGeneration));
                 self.send_to_primary(Frame::HandoverFailed { generation, reason });
             }
             Action::Send(ToPrimary::Bye(reason)) => {
@@ -174,10 +172,7 @@ impl World {
                 self.s.b.queue.push_back((epoch, staged));
                 self.apply_next();
             }
-            Action::AskArbiter { expected } => {
-                self.s.b.asked = true;
-                self.ask(Side::Backup, expected);
-            }
+            Action::AskArbiter { expected } => self.ask(Side::Backup, expected),
             Action::Disconnect | Action::Farewell => self.disconnect(Side::Backup),
             Action::Activate(epoch) => {
                 let delay = self.below(ms(20));

@@ -219,8 +219,8 @@ impl World {
         let backup_won = winner == Some(self.node(Side::Backup));
         let cannot = !self.s.b.alive || self.s.b.fail_activation;
         let why = if self.s.p.alive {
-            // It stopped because the backup won, which then crashed or could not make the VM run.
-            backup_won && cannot
+            // It stopped because the backup won, which then crashed or could not make the VM run, and could not say so.
+            backup_won && cannot && !self.s.p.told
         } else {
             // It crashed, and its backup did too, cannot go on, had lost to it, was released or not armed yet.
             let lost = winner == Some(self.node(Side::Primary));

@@ -151,7 +151,7 @@ fn the_seeds_reach_every_kind_of_end() {
 /// The checker must catch what it is there for.
 #[test]
 fn injected_bugs_are_caught() {
-    let bugs: [(Bug, &[&str]); 16] = [
+    let bugs: [(Bug, &[&str]); 17] = [
         (Bug::ReleaseBeforeCommit, &["R1"]),
         (Bug::AckBeforeWhole, &["R2"]),
         // Of a backup that is to have flushes on disk, too.
@@ -170,6 +170,7 @@ fn injected_bugs_are_caught() {
         (Bug::FlushIsForgotten, &["R5"]),
         (Bug::Impatient, &["R4"]),
         (Bug::StaleGeneration, &["liveness"]),
+        (Bug::WrongGeneration, &["liveness"]),
     ];
     for (bug, rules) in bugs {
         let Err((seed, violation)) = run_all(0..3_000, Some(bug)) else {

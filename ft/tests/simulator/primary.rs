@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
-use ft::config::FtLimits;
+use ft::config::{FtLimits, FtState};
 use ft::core::ms;
 use ft::core::primary::{Action, Event, FromBackup, PrimaryState, ToBackup};
 use ft::machine::{DiskChange, Input, Output, PAGE_SIZE, PageRun};
@@ -55,6 +55,8 @@ pub struct PrimarySide {
     pub connected: bool,
     /// `disarm` was sent.
     pub disarmed: bool,
+    /// It offered the VM, and was told that the backup cannot take it.
+    pub told: bool,
     deadline: u64,
 }
 
@@ -93,6 +95,7 @@ impl PrimarySide {
             heard: now,
             connected: true,
             disarmed: false,
+            told: false,
             deadline: 0,
         }
     }
@@ -445,6 +448,8 @@ impl World {
                 Frame::Bye(reason) => FromBackup::Bye(reason),
                 other => panic!("{other:?}"),
             };
+            let offered = self.s.p.core.status().state == FtState::Protected;
+            self.s.p.told |= offered && matches!(message, FromBackup::HandoverFailed { .. });
             if let FromBackup::Ack(_) = message {
                 self.count("commits", 1);
             }

@@ -37,6 +37,8 @@ pub enum Bug {
     Impatient,
     /// A new session does not read the generation from the arbiter.
     StaleGeneration,
+    /// A handover that failed names another generation than the one that was spent.
+    WrongGeneration,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
