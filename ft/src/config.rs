@@ -149,7 +149,7 @@ impl Default for FtLimits {
 }
 
 /// FT's state on this VMM.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum FtState {
     /// FT is off.

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 use ft::config::{FtLimits, FtState};
+use ft::core::arbitration::Answer;
 use ft::core::backup::{self, BackupState, ToPrimary};
 use ft::core::primary::{self, FromBackup, PrimaryState};
 use ft::core::staging::Staging;
@@ -22,7 +23,8 @@ fn armed_primary() -> PrimaryState {
     primary
 }
 
-fn armed_backup() -> BackupState {
+/// Epoch 1 is acknowledged and not applied yet.
+fn lagging_backup() -> BackupState {
     let mut backup = BackupState::new(7, TIMEOUT, 1 << 20, 1);
     let actions = backup.step(
         backup::Event::Staged {
@@ -33,6 +35,12 @@ fn armed_backup() -> BackupState {
         ms(1),
     );
     assert!(actions.contains(&backup::Action::Send(ToPrimary::Ack(1))));
+    backup
+}
+
+fn armed_backup() -> BackupState {
+    let mut backup = lagging_backup();
+    assert!(backup.step(backup::Event::Applied { epoch: 1 }, ms(1)).is_empty());
     backup
 }
 
@@ -73,7 +81,7 @@ fn outputs_leave_within_the_lease_alone() {
         message: FromBackup::Heartbeat,
     };
     primary.step(heartbeat(ms(2)), ms(3));
-    assert!(primary.may_release(ms(400)) && !primary.may_release(ms(440)));
+    assert!(primary.may_release(ms(376)) && !primary.may_release(ms(378)));
     primary.step(primary::Event::PeerLost("closed".into()), ms(10));
     assert!(!primary.may_release(ms(11)));
 }
@@ -90,16 +98,52 @@ fn after_a_closed_connection_the_backup_asks_at_once_after_garbage_when_the_leas
     assert!(backup.step(event, ms(101)).contains(&ask));
 
     let mut backup = armed_backup();
+    for now in (50..=100).map(ms) {
+        assert!(backup.step(backup::Event::Tick { heard: now }, now).is_empty());
+    }
     let actions = backup.step(backup::Event::PeerBroken { heard, reason }, ms(101));
     assert_eq!(actions, [backup::Action::Disconnect]);
     assert_eq!(backup.status().state, FtState::WaitingForArbiter);
-    assert!(backup.step(backup::Event::Tick { heard }, ms(599)).is_empty());
-    assert_eq!(backup.step(backup::Event::Tick { heard }, ms(600)), [ask]);
+    let asks = |now: &Nanos| !backup.step(backup::Event::Tick { heard }, ms(*now)).is_empty();
+    assert_eq!((102..1000).find(asks), Some(601));
+}
+
+/// A win of a backup that cannot become the VM would stop a primary that could go on.
+#[test]
+fn a_backup_asks_the_arbiter_once_it_can_become_the_vm() {
+    let ask = backup::Action::AskArbiter { expected: 7 };
+    let lost = || backup::Event::PeerLost {
+        heard: ms(2),
+        reason: "closed".into(),
+    };
+    let failed = || backup::Event::ApplyFailed("no space".into());
+    let mut backup = lagging_backup();
+    assert_eq!(backup.step(lost(), ms(2)), [backup::Action::Disconnect]);
+    assert!(backup.step(backup::Event::Tick { heard: ms(2) }, ms(3)).is_empty());
+    assert_eq!(backup.step(backup::Event::Applied { epoch: 1 }, ms(4)), [ask.clone()]);
+    assert_eq!(
+        backup.step(backup::Event::Arbiter(Answer::Won), ms(5)),
+        [backup::Action::Activate(1)]
+    );
+
+    let mut backup = lagging_backup();
+    backup.step(lost(), ms(2));
+    let actions = backup.step(failed(), ms(3));
+    assert_eq!(actions, [backup::Action::Farewell, backup::Action::Discard]);
+    assert!(backup.step(backup::Event::Tick { heard: ms(2) }, ms(4)).is_empty());
+
+    // Asked by the primary to take over, it says that it will not: the primary goes on without asking the arbiter.
+    let mut backup = lagging_backup();
+    let handover = backup::Event::Peer(backup::FromPrimary::Handover(1));
+    assert!(backup.step(handover, ms(2)).is_empty());
+    let said = backup.step(failed(), ms(3));
+    assert!(matches!(said[0], backup::Action::Send(ToPrimary::Bye(_))), "{said:?}");
+    assert_eq!(backup.status().state, FtState::Failed);
 }
 
 #[test]
 fn a_primary_that_does_not_wait_for_acknowledgements_is_dropped() {
-    let mut backup = armed_backup();
+    let mut backup = lagging_backup();
     for epoch in 2..100 {
         // Never applied, and more than the backlog: no acknowledgement.
         let event = backup::Event::Staged {

@@ -3,7 +3,7 @@
 use super::{Nanos, ms};
 
 /// What came back from the arbiter.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Answer {
     /// The next generation is ours.
     Won,
@@ -23,7 +23,7 @@ const FIRST_BACKOFF: Nanos = ms(50);
 const MAX_BACKOFF: Nanos = ms(2_000);
 
 /// One arbitration.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Arbitration {
     asking: bool,
     retry_at: Nanos,
@@ -32,22 +32,13 @@ pub struct Arbitration {
 }
 
 impl Arbitration {
-    /// Begins: the caller asks at once.
+    /// Begins: [`Arbitration::ask_again`] says so at once.
     pub fn begin() -> Self {
         Self {
-            asking: true,
+            asking: false,
             retry_at: 0,
             backoff: FIRST_BACKOFF,
             unanswered: None,
-        }
-    }
-
-    /// Begins later: the caller asks when [`Arbitration::ask_again`] says so.
-    pub fn begin_at(at: Nanos) -> Self {
-        Self {
-            asking: false,
-            retry_at: at,
-            ..Self::begin()
         }
     }
 

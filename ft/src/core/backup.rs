@@ -1,7 +1,7 @@
 //! The backup's side of the protocol.
 //!
 //! An epoch that is staged whole counts: at a loss of the primary the backup becomes the VM as it was at the end of the
-//! last such epoch (R2), after a win of the arbiter (R4). The acknowledgement may come later than that: when applying lags
+//! last such epoch (R2), after a win of the arbiter (R4), for which it asks once that epoch is applied. The acknowledgement may come later than that: when applying lags
 //! behind, which bounds what is staged, and when the epoch must be on disk first (R5).
 
 use std::collections::VecDeque;
@@ -119,18 +119,20 @@ pub enum Action {
     Discard,
 }
 
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 enum Phase {
     Syncing,
     Armed,
+    /// Asks as soon as the last epoch is applied, and `unsure` is over.
     Arbitrating {
         arbitration: Arbitration,
         planned: bool,
+        /// The primary, last heard then, made no sense: it may be alive, and its lease may hold.
+        unsure: Option<Nanos>,
     },
-    /// The arbiter was won; waits until the last epoch is applied, then for the activation.
+    /// The arbiter was won; waits for the activation.
     TakingOver {
         planned: bool,
-        activating: bool,
     },
     Live,
     /// Nothing to take over; what to tell the operator.
@@ -140,7 +142,7 @@ enum Phase {
 }
 
 /// How a takeover went.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
 pub struct Times {
     /// Last sign of life of the primary.
     pub heard: Nanos,
@@ -151,7 +153,7 @@ pub struct Times {
 }
 
 /// The backup, for one session with a primary.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct BackupState {
     phase: Phase,
     reason: Option<String>,
@@ -257,18 +259,14 @@ impl BackupState {
         match event {
             Event::Tick { heard } => self.tick(heard, now, &mut out),
             Event::Staged { epoch, bytes, durable } => self.staged(epoch, bytes, durable, now, &mut out),
-            Event::Applied { epoch } => self.has_applied(epoch, &mut out),
+            Event::Applied { epoch } => self.has_applied(epoch, now, &mut out),
             Event::ApplyFailed(reason) => self.broken(format!("an epoch cannot be applied: {reason}"), &mut out),
             Event::Peer(message) => self.peer(message, now, &mut out),
-            Event::PeerLost { heard, reason } => self.lose(reason, heard, now, &mut out),
+            Event::PeerLost { heard, reason } => self.lose(reason, heard, false, now, &mut out),
             Event::PeerBroken { heard, reason } => self.drop_peer(reason, heard, now, &mut out),
             Event::Arbiter(answer) => self.answered(answer, now, &mut out),
             Event::Activated => {
-                if let Phase::TakingOver {
-                    planned,
-                    activating: true,
-                } = self.phase
-                {
+                if let Phase::TakingOver { planned } = self.phase {
                     self.times.activated = now;
                     self.phase = Phase::Live;
                     if planned {
@@ -278,7 +276,7 @@ impl BackupState {
                 }
             }
             Event::ActivationFailed(reason) => {
-                if let Phase::TakingOver { planned, .. } = self.phase {
+                if let Phase::TakingOver { planned } = self.phase {
                     self.phase = Phase::Failed;
                     self.reason = Some(format!("the VM could not be activated: {reason}"));
                     if planned {
@@ -301,9 +299,32 @@ impl BackupState {
     fn tick(&mut self, heard: Nanos, now: Nanos, out: &mut Vec<Action>) {
         if self.takes_data() && self.silence.is_dead(heard, now) {
             let silent = now.saturating_sub(heard) / ms(1);
-            self.lose(format!("the primary was silent for {silent} ms"), heard, now, out);
+            self.lose(
+                format!("the primary was silent for {silent} ms"),
+                heard,
+                false,
+                now,
+                out,
+            );
         }
-        if let Phase::Arbitrating { arbitration, .. } = &mut self.phase
+        if let Phase::Arbitrating { unsure, .. } = &mut self.phase
+            && unsure.is_some_and(|heard| self.silence.is_dead(heard, now))
+        {
+            *unsure = None;
+        }
+        self.inquire(now, out);
+    }
+
+    /// Asks the arbiter, if it is time to. Not before every epoch that counts is applied: a win is of use only to who can
+    /// become the VM, and keeps the other from going on.
+    fn inquire(&mut self, now: Nanos, out: &mut Vec<Action>) {
+        let applied = self.applied == self.staged;
+        if let Phase::Arbitrating {
+            arbitration,
+            unsure: None,
+            ..
+        } = &mut self.phase
+            && applied
             && arbitration.ask_again(now)
         {
             out.push(Action::AskArbiter {
@@ -348,33 +369,22 @@ impl BackupState {
         }
     }
 
-    fn has_applied(&mut self, epoch: u64, out: &mut Vec<Action>) {
+    fn has_applied(&mut self, epoch: u64, now: Nanos, out: &mut Vec<Action>) {
         self.applied = self.applied.max(epoch);
         while self.unapplied.front().is_some_and(|(e, ..)| *e <= epoch) {
             self.unapplied.pop_front();
         }
         self.acknowledge(out);
-        self.activate(out);
-    }
-
-    fn activate(&mut self, out: &mut Vec<Action>) {
-        if let Phase::TakingOver { activating, .. } = &mut self.phase
-            && !*activating
-            && self.applied == self.staged
-        {
-            *activating = true;
-            out.push(Action::Activate(self.staged));
-        }
+        self.inquire(now, out);
     }
 
     fn broken(&mut self, reason: String, out: &mut Vec<Action>) {
         match self.phase {
-            Phase::Syncing | Phase::Armed => out.push(Action::Send(ToPrimary::Bye(reason.clone()))),
-            Phase::TakingOver { planned: true, .. } => {
-                let (generation, reason) = (self.generation, reason.clone());
-                out.push(Action::Send(ToPrimary::HandoverFailed { generation, reason }));
+            // The arbiter was not asked, and will not be: the primary, if it is alive, may go on.
+            Phase::Syncing | Phase::Armed | Phase::Arbitrating { planned: true, .. } => {
+                out.push(Action::Send(ToPrimary::Bye(reason.clone())));
             }
-            Phase::Arbitrating { .. } | Phase::TakingOver { .. } => {}
+            Phase::Arbitrating { .. } => {}
             _ => return,
         }
         self.phase = Phase::Failed;
@@ -413,7 +423,7 @@ impl BackupState {
                     detected: now,
                     activated: 0,
                 };
-                self.ask(true, out);
+                self.ask(true, None, now, out);
             }
         }
     }
@@ -426,7 +436,7 @@ impl BackupState {
         out.push(Action::Discard);
     }
 
-    fn lose(&mut self, reason: String, heard: Nanos, now: Nanos, out: &mut Vec<Action>) {
+    fn lose(&mut self, reason: String, heard: Nanos, unsure: bool, now: Nanos, out: &mut Vec<Action>) {
         match self.phase {
             Phase::Syncing => self.release(format!("{reason}, before the VM was protected"), out),
             Phase::Armed => {
@@ -437,7 +447,7 @@ impl BackupState {
                     activated: 0,
                 };
                 out.push(Action::Disconnect);
-                self.ask(false, out);
+                self.ask(false, unsure.then_some(heard), now, out);
             }
             _ => {}
         }
@@ -446,38 +456,31 @@ impl BackupState {
     /// The primary makes no sense. It may be alive and well but for that, and not know yet that it is left: nothing is
     /// asked until its right to release outputs has ended (R4). It asks first, as a rule.
     fn drop_peer(&mut self, reason: String, heard: Nanos, now: Nanos, out: &mut Vec<Action>) {
-        self.lose(reason, heard, now, out);
-        if let Phase::Arbitrating { arbitration, .. } = &mut self.phase
-            && matches!(out.last(), Some(Action::AskArbiter { .. }))
-        {
-            out.pop();
-            *arbitration = Arbitration::begin_at(heard + self.timeout);
-        }
+        self.lose(reason, heard, true, now, out);
     }
 
-    fn ask(&mut self, planned: bool, out: &mut Vec<Action>) {
+    fn ask(&mut self, planned: bool, unsure: Option<Nanos>, now: Nanos, out: &mut Vec<Action>) {
         self.phase = Phase::Arbitrating {
             arbitration: Arbitration::begin(),
             planned,
+            unsure,
         };
-        out.push(Action::AskArbiter {
-            expected: self.generation,
-        });
+        self.inquire(now, out);
     }
 
     fn answered(&mut self, answer: Answer, now: Nanos, out: &mut Vec<Action>) {
-        let Phase::Arbitrating { arbitration, planned } = &mut self.phase else {
+        let Phase::Arbitrating {
+            arbitration, planned, ..
+        } = &mut self.phase
+        else {
             return;
         };
         match answer {
             Answer::Unknown { reason } => arbitration.unanswered(reason, now),
             Answer::Won => {
-                self.phase = Phase::TakingOver {
-                    planned: *planned,
-                    activating: false,
-                };
+                self.phase = Phase::TakingOver { planned: *planned };
                 self.generation += 1;
-                self.activate(out);
+                out.push(Action::Activate(self.staged));
             }
             Answer::Lost { winner } => {
                 self.phase = Phase::Stopped;

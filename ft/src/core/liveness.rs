@@ -2,18 +2,19 @@
 //!
 //! [`Silence`] tells when the other side counts as dead. A side that was itself stopped for a while (its host was
 //! suspended, its process had no CPU) must not take its own absence for the other's silence: after a late tick the
-//! silence is counted anew.
+//! silence is counted anew. A clock that jumps ahead between two ticks must not make silence either: no more than an
+//! eighth of the timeout counts between them.
 //!
 //! [`Lease`] is why a primary whose backup took over by silence does not release anything late (R4). Each frame of the
 //! primary carries its clock, each frame of the backup returns the newest such stamp. The backup waits a whole timeout
-//! after that frame before it takes over; the primary releases only within 7/8 of a timeout after it sent it. So when
+//! after that frame before it takes over; the primary releases only within 3/4 of a timeout after it sent it. So when
 //! the backup becomes the VM, the primary's right to release has ended by its own clock, whatever the network delays.
-//! An eighth of the timeout covers the difference of the clocks' rates.
+//! An eighth of the timeout covers the difference of the clocks' rates, an eighth one jump of the backup's clock.
 
 use super::Nanos;
 
 /// Detects silence.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Silence {
     timeout: Nanos,
     /// Silence counts from here at the earliest.
@@ -36,18 +37,21 @@ impl Silence {
         self.timeout = timeout;
     }
 
-    /// Whether the other side, last heard at `heard`, counts as dead. To be called at least four times per timeout.
+    /// Whether the other side, last heard at `heard`, counts as dead. To be called at least eight times per timeout.
     pub fn is_dead(&mut self, heard: Nanos, now: Nanos) -> bool {
-        if now.saturating_sub(self.last_tick) > self.timeout / 2 {
-            self.floor = now;
-        }
+        let gap = now.saturating_sub(self.last_tick);
         self.last_tick = now;
+        if gap > self.timeout / 2 {
+            self.floor = now;
+        } else if let Some(excess) = gap.checked_sub(self.timeout / 8) {
+            self.floor = (heard.max(self.floor) + excess).min(now);
+        }
         now.saturating_sub(heard.max(self.floor)) > self.timeout
     }
 }
 
 /// The primary's right to release.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Lease {
     timeout: Nanos,
     /// A longer timeout, in force when the backup returned a stamp later than this.
@@ -85,7 +89,7 @@ impl Lease {
             self.timeout = timeout;
             self.longer = None;
         }
-        self.until = self.until.max(stamp + (self.timeout - self.timeout / 8));
+        self.until = self.until.max(stamp + (self.timeout - self.timeout / 4));
     }
 
     /// When it ends; 0: it never began.
@@ -111,9 +115,18 @@ mod tests {
         let mut silence = Silence::new(100, 0);
         assert!(!silence.is_dead(0, 10));
         assert!(!silence.is_dead(0, 1000));
-        assert!(!silence.is_dead(0, 1050));
-        assert!(!silence.is_dead(0, 1100));
+        assert!((1001..=1100).all(|now| !silence.is_dead(0, now)));
         assert!(silence.is_dead(0, 1101));
+    }
+
+    #[test]
+    fn a_clock_that_jumps_makes_an_eighth_of_the_silence_at_most() {
+        for jump in [0, 10, 49, 50, 51, 99, 1000] {
+            let mut silence = Silence::new(100, 0);
+            assert!((0..=20).all(|now| !silence.is_dead(0, now)));
+            let dead = (21..=200).find(|now| silence.is_dead(0, now + jump)).unwrap();
+            assert!(dead > 87, "jump of {jump}: dead after {dead}");
+        }
     }
 
     #[test]
@@ -121,15 +134,15 @@ mod tests {
         let mut lease = Lease::new(800);
         assert!(!lease.holds(0));
         lease.renew(1000);
-        assert!(lease.holds(1699) && !lease.holds(1700));
+        assert!(lease.holds(1599) && !lease.holds(1600));
         lease.renew(500);
-        assert!(lease.holds(1699));
+        assert!(lease.holds(1599));
         lease.set_timeout(400, 1100);
         assert!(!lease.holds(1300));
         lease.set_timeout(1600, 1200);
         lease.renew(1200);
-        assert!(!lease.holds(1550));
+        assert!(!lease.holds(1500));
         lease.renew(1201);
-        assert!(lease.holds(2600) && !lease.holds(2601));
+        assert!(lease.holds(2400) && !lease.holds(2401));
     }
 }

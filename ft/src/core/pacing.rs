@@ -7,7 +7,7 @@ use super::{Nanos, ms};
 use crate::config::FtLimits;
 
 /// Limits in the units used here.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Limits {
     /// Longest epoch.
     pub max_epoch: Nanos,
@@ -40,11 +40,11 @@ impl From<&FtLimits> for Limits {
 const MIN_PERCENT: u8 = 10;
 
 /// The running epoch.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Pacing {
     began: Nanos,
     /// Bytes of RAM dirtied per second, of the last epochs.
-    dirty_rate: f64,
+    dirty_rate: u64,
 }
 
 impl Pacing {
@@ -52,14 +52,15 @@ impl Pacing {
     pub fn new(now: Nanos) -> Self {
         Self {
             began: now,
-            dirty_rate: 0.0,
+            dirty_rate: 0,
         }
     }
 
     /// The epoch ended with so much dirty RAM, and the next begins.
     pub fn next(&mut self, dirty_bytes: u64, now: Nanos) {
-        let seconds = (now.saturating_sub(self.began) as f64 / 1e9).max(1e-4);
-        self.dirty_rate = self.dirty_rate * 0.5 + dirty_bytes as f64 / seconds * 0.5;
+        let took = now.saturating_sub(self.began).max(100_000);
+        let rate = u128::from(dirty_bytes) * 1_000_000_000 / u128::from(took);
+        self.dirty_rate = self.dirty_rate / 2 + u64::try_from(rate / 2).unwrap_or(u64::MAX / 2);
         self.began = now;
     }
 
@@ -82,9 +83,10 @@ impl Pacing {
         } else {
             limits.max_epoch
         };
-        let room = (limits.max_epoch_bytes - running_bytes) as f64;
+        let room = u128::from(limits.max_epoch_bytes - running_bytes);
         // Never shorter than the shortest epoch for the sake of a guess.
-        let filled = (room / self.dirty_rate.max(1.0) * 1e9).min(1e15) as Nanos;
+        let filled = room * 1_000_000_000 / u128::from(self.dirty_rate.max(1));
+        let filled = Nanos::try_from(filled).unwrap_or(Nanos::MAX);
         self.began + longest.min(filled.max(limits.min_epoch))
     }
 

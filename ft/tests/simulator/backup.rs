@@ -9,14 +9,18 @@ use ft::machine::{DiskChange, DiskIdentity, Identity, Input, Output, PAGE_SIZE};
 use ft::wire::frame::{EndMarker, Frame};
 
 use crate::guest::{BLOCK, BLOCKS, Guest, PAGES, number};
-use crate::stream::Message;
-use crate::world::{Bug, Ev, Side, World};
+use crate::stream::{Got, Message};
+use crate::world::{Bug, Ev, Side, World, index};
 
 pub struct BackupSide {
     pub core: BackupState,
     pub alive: bool,
     staging: Staging,
     pub shadow: Guest,
+    /// What of its disk survives a power cut, as far as flushes tell.
+    pub platter: [u64; BLOCKS],
+    todo: VecDeque<Action>,
+    pub slow_until: u64,
     queue: VecDeque<(u64, StagedEpoch)>,
     applying: bool,
     /// State and outputs of whole epochs.
@@ -30,11 +34,13 @@ pub struct BackupSide {
     heard: u64,
     pub connected: bool,
     pub live: bool,
+    /// Live: the last output that the VM remembers.
+    pub outputs: u64,
     /// It can never become the VM.
     pub out: bool,
     pub fail_apply: bool,
     pub fail_activation: bool,
-    /// The loss was found by silence.
+    /// The primary's lease must have ended when this side asked: it was silent, or made no sense.
     pub by_silence: bool,
 }
 
@@ -57,12 +63,15 @@ fn identity() -> Identity {
 }
 
 impl BackupSide {
-    pub fn new() -> Self {
+    pub fn new(core: BackupState, now: u64) -> Self {
         Self {
-            core: BackupState::new(0, ms(500), 20_000, 1),
+            core,
             alive: true,
             staging: Staging::new(&identity(), 1 << 20),
             shadow: Guest::default(),
+            platter: [0; BLOCKS],
+            todo: VecDeque::new(),
+            slow_until: 0,
             queue: VecDeque::new(),
             applying: false,
             checkpoints: BTreeMap::new(),
@@ -70,9 +79,10 @@ impl BackupSide {
             inputs: Vec::new(),
             mark: 0,
             echo: 0,
-            heard: 1,
+            heard: now,
             connected: true,
             live: false,
+            outputs: 0,
             out: false,
             fail_apply: false,
             fail_activation: false,
@@ -83,32 +93,42 @@ impl BackupSide {
 
 impl World {
     pub fn send_to_primary(&mut self, frame: Frame) {
-        if !self.b.alive || !self.b.connected {
+        if !self.s.b.alive || !self.s.b.connected {
             return;
         }
         let arrives = self.now + self.network_delay();
-        let (mark, stamp) = (self.b.core.applied(), self.b.echo);
-        self.streams[1].send(Message {
-            arrives,
-            mark,
-            stamp,
-            frame: Some(frame),
-        });
+        let (mark, stamp) = (self.s.b.core.applied(), self.s.b.echo);
+        self.s.streams[1].send(Message::new(arrives, mark, stamp, frame));
         self.at(arrives, Ev::Arrival(Side::Primary));
     }
 
     pub fn backup_step(&mut self, event: Event) {
-        if !self.b.alive {
+        if !self.s.b.alive {
             return;
         }
-        let before = self.b.core.status();
-        let actions = self.b.core.step(event.clone(), self.now);
-        let after = self.b.core.status();
+        let now = self.clock(Side::Backup);
+        let before = self.s.b.core.status();
+        let actions = self.s.b.core.step(event.clone(), now);
+        let after = self.s.b.core.status();
         if before.state != after.state {
             self.note(|| format!("backup: {:?} -> {:?} by {event:?}", before.state, after.state));
         }
-        for action in actions {
-            self.backup_does(action);
+        self.s.b.todo.extend(actions);
+        self.backup_works();
+    }
+
+    /// Does what is to be done, unless the process is stopped or ends in the middle of it.
+    pub fn backup_works(&mut self) {
+        while self.s.stalled_until[index(Side::Backup)] <= self.now {
+            if !self.s.b.alive {
+                return self.s.b.todo.clear();
+            }
+            let Some(action) = self.s.b.todo.pop_front() else {
+                return;
+            };
+            if !self.crashes_here(Side::Backup) {
+                self.backup_does(action);
+            }
         }
     }
 
@@ -116,23 +136,24 @@ impl World {
         match action {
             Action::Send(ToPrimary::Ack(epoch)) => self.send_to_primary(Frame::Ack(epoch)),
             Action::Send(ToPrimary::Disarmed) => {
-                self.b.out = true;
+                self.s.b.out = true;
                 self.send_to_primary(Frame::Disarmed);
             }
             Action::Send(ToPrimary::HandedOver(generation)) => {
                 self.count("handovers", 1);
                 self.send_to_primary(Frame::HandedOver(generation));
             }
-            Action::Send(ToPrimary::HandoverFailed { generation, reason }) => {
-                self.b.out = true;
+            Action::Send(ToPrimary::HandoverFailed { mut generation, reason }) => {
+                self.s.b.out = true;
+                generation += u64::from(self.bug == Some(Bug::WrongGeneration));
                 self.send_to_primary(Frame::HandoverFailed { generation, reason });
             }
             Action::Send(ToPrimary::Bye(reason)) => {
-                self.b.out = true;
+                self.s.b.out = true;
                 self.send_to_primary(Frame::Bye(reason));
             }
             Action::Apply(epoch) => {
-                let Some(mut staged) = self.b.staging.take(epoch) else {
+                let Some(mut staged) = self.s.b.staging.take(epoch) else {
                     return self.violated("R2", format!("epoch {epoch} is to be applied and is not whole"));
                 };
                 let id = |output: &Output| match output {
@@ -144,11 +165,11 @@ impl World {
                 } else {
                     0
                 };
-                self.b.checkpoints.insert(epoch, (state, outputs));
+                self.s.b.checkpoints.insert(epoch, (state, outputs));
                 if self.bug == Some(Bug::DiskOutOfOrder) {
                     staged.disk.reverse();
                 }
-                self.b.queue.push_back((epoch, staged));
+                self.s.b.queue.push_back((epoch, staged));
                 self.apply_next();
             }
             Action::AskArbiter { expected } => self.ask(Side::Backup, expected),
@@ -157,20 +178,23 @@ impl World {
                 let delay = self.below(ms(20));
                 self.schedule(delay, Ev::Activated(epoch));
             }
-            Action::Discard => self.b.out = true,
+            Action::Discard => self.s.b.out = true,
         }
     }
 
     fn apply_next(&mut self) {
-        if !self.b.applying && !self.b.queue.is_empty() {
-            self.b.applying = true;
-            let delay = if self.one_in(30) {
+        if !self.s.b.applying && !self.s.b.queue.is_empty() {
+            self.s.b.applying = true;
+            let delay = if self.now < self.s.b.slow_until {
+                self.count("slow disk", 1);
+                ms(100) + self.below(ms(300))
+            } else if self.one_in(30) {
                 self.below(ms(700))
             } else {
                 self.below(ms(4))
             };
             if self.bug == Some(Bug::ActivateBeforeApplied) {
-                let epoch = self.b.queue.back().map_or(0, |(epoch, _)| *epoch);
+                let epoch = self.s.b.queue.back().map_or(0, |(epoch, _)| *epoch);
                 self.backup_step(Event::Applied { epoch });
             }
             self.schedule(delay, Ev::Applied);
@@ -178,44 +202,53 @@ impl World {
     }
 
     pub fn applied(&mut self) {
-        self.b.applying = false;
-        let Some((epoch, staged)) = self.b.queue.pop_front() else {
+        self.s.b.applying = false;
+        let Some((epoch, staged)) = self.s.b.queue.pop_front() else {
             return;
         };
-        if !self.b.alive || self.b.out || self.b.live {
+        if !self.s.b.alive || self.s.b.out || self.s.b.live {
             return;
         }
-        if self.b.fail_apply {
+        if self.s.b.fail_apply {
             return self.backup_step(Event::ApplyFailed("disk full".into()));
         }
         for (runs, data) in &staged.pages {
-            self.b.shadow.ram[runs[0].gpa as usize / PAGE_SIZE] = number(data);
+            self.s.b.shadow.ram[runs[0].gpa as usize / PAGE_SIZE] = number(data);
         }
         for run in &staged.zero {
-            self.b.shadow.ram[run.gpa as usize / PAGE_SIZE] = 0;
+            self.s.b.shadow.ram[run.gpa as usize / PAGE_SIZE] = 0;
         }
+        let flushes = self.durable && self.bug != Some(Bug::FlushIsForgotten);
         for (_, change) in &staged.disk {
-            if let DiskChange::Write { offset, data } = change {
-                self.b.shadow.disk[(offset / BLOCK) as usize] = number(data);
+            match change {
+                DiskChange::Write { offset, data } => {
+                    self.s.b.shadow.disk[(offset / BLOCK) as usize] = number(data);
+                }
+                DiskChange::Flush if flushes => self.s.b.platter = self.s.b.shadow.disk,
+                _ => {}
             }
+        }
+        if epoch == 1 && flushes {
+            self.s.b.platter = self.s.b.shadow.disk;
         }
         self.backup_step(Event::Applied { epoch });
         self.apply_next();
     }
 
     pub fn activated(&mut self, epoch: u64) {
-        if !self.b.alive {
+        if !self.s.b.alive {
             return;
         }
-        if self.b.fail_activation {
-            self.b.out = true;
+        if self.s.b.fail_activation {
+            self.s.b.out = true;
             return self.backup_step(Event::ActivationFailed("no vCPUs".into()));
         }
-        let Some((state, _)) = self.b.checkpoints.get(&epoch) else {
+        let Some((state, _)) = self.s.b.checkpoints.get(&epoch) else {
             return self.violated("R2", format!("no state of epoch {epoch}"));
         };
-        self.b.shadow.state = *state;
+        self.s.b.shadow.state = *state;
         let mut inputs: Vec<u64> = self
+            .s
             .b
             .staging
             .take_uncommitted_inputs(epoch)
@@ -228,9 +261,10 @@ impl World {
         let mark = if self.bug == Some(Bug::LoseCommittedOutputs) {
             u64::MAX
         } else {
-            self.b.mark
+            self.s.b.mark
         };
         let again: Vec<u64> = self
+            .s
             .b
             .checkpoints
             .range(..=epoch)
@@ -240,51 +274,64 @@ impl World {
         self.count("inputs again", inputs.len() as u64);
         self.count("outputs again", again.len() as u64);
         self.check_takeover(epoch, &inputs, &again);
-        for id in again {
-            self.outsiders_see(Side::Backup, id);
-        }
-        self.b.live = true;
+        let known = self.s.made.iter().filter(|(_, made)| made.epoch <= epoch);
+        self.s.b.outputs = known.map(|(id, _)| *id).max().unwrap_or(self.s.before);
+        self.s.b.live = true;
         self.backup_step(Event::Activated);
+        self.runs_alone();
     }
 
     pub fn backup_pulse(&mut self) {
         self.send_to_primary(Frame::Heartbeat);
-        let armed = self.b.core.takes_data();
-        self.backup_step(Event::Tick { heard: self.b.heard });
-        self.b.by_silence |= armed && !self.b.core.takes_data();
+        let armed = self.s.b.core.takes_data();
+        let mut heard = self.s.b.heard;
+        if self.bug == Some(Bug::Impatient) {
+            heard = heard.saturating_sub(ms(300));
+        }
+        self.backup_step(Event::Tick { heard });
+        self.s.b.by_silence |= armed && !self.s.b.core.takes_data();
     }
 
     pub fn backup_receives(&mut self) {
-        while self.b.alive && self.b.connected {
-            let Some(message) = self.streams[0].receive(self.now) else {
+        while self.s.b.alive && self.s.b.connected {
+            let Some(got) = self.receive(Side::Backup) else {
                 break;
             };
-            self.b.heard = self.now;
-            let Some(frame) = message.frame else {
-                let heard = self.b.heard;
-                self.backup_step(Event::PeerLost {
-                    heard,
-                    reason: "closed".into(),
-                });
-                break;
+            self.s.b.heard = self.clock(Side::Backup);
+            let heard = self.s.b.heard;
+            let (mark, stamp, frame) = match got {
+                Got::Frame { mark, stamp, frame } => (mark, stamp, frame),
+                Got::End => {
+                    let reason = "closed".into();
+                    self.backup_step(Event::PeerLost { heard, reason });
+                    break;
+                }
+                Got::Broken(reason) => {
+                    self.s.b.by_silence |= self.s.b.core.takes_data();
+                    self.backup_step(Event::PeerBroken { heard, reason });
+                    break;
+                }
             };
-            self.b.echo = self.b.echo.max(message.stamp);
-            self.b.mark = self.b.mark.max(message.mark);
-            if !self.b.core.takes_data() {
+            self.s.b.echo = self.s.b.echo.max(stamp);
+            self.s.b.mark = self.s.b.mark.max(mark);
+            if !self.s.b.core.takes_data() {
                 continue;
             }
             self.take(frame);
         }
-        if let Some(at) = self.streams[0].due()
+        if let Some(at) = self.s.streams[0].due()
             && at > self.now
-            && self.b.connected
+            && self.s.b.connected
         {
             self.at(at, Ev::Arrival(Side::Backup));
         }
     }
 
     fn take(&mut self, frame: Frame) {
-        let b = &mut self.b;
+        if self.s.b.fail_apply && matches!(frame, Frame::Pages { epoch: 0, .. } | Frame::Disk { epoch: 0, .. }) {
+            return self.backup_step(Event::Leave("the backup cannot take a copy: disk full".into()));
+        }
+        let b = &mut self.s.b;
         let result = match frame {
             Frame::Heartbeat => Ok(()),
             Frame::Pages { epoch: 0, runs, data } => {
@@ -333,13 +380,14 @@ impl World {
         if self.bug == Some(Bug::AckBeforeWhole) {
             return;
         }
-        match self.b.staging.end(marker) {
-            Ok((bytes, _)) => {
-                self.b.whole = marker.epoch;
+        match self.s.b.staging.end(marker) {
+            Ok((bytes, flushes)) => {
+                self.s.b.whole = marker.epoch;
+                let durable = self.durable && (flushes || marker.epoch == 1);
                 self.backup_step(Event::Staged {
                     epoch: marker.epoch,
                     bytes,
-                    durable: false,
+                    durable: durable && self.bug != Some(Bug::AckBeforeDurable),
                 });
             }
             Err(e) => self.violated("R6", format!("a correct primary is accused: {e}")),
@@ -352,14 +400,14 @@ impl World {
             epoch,
             ..EndMarker::default()
         };
-        if self.b.staging.end(&marker).is_err() {
-            let _ = self.b.staging.end(&EndMarker {
+        if self.s.b.staging.end(&marker).is_err() {
+            let _ = self.s.b.staging.end(&EndMarker {
                 epoch,
                 state_len: 8,
                 ..EndMarker::default()
             });
         }
-        self.b.whole = epoch;
+        self.s.b.whole = epoch;
         self.backup_step(Event::Staged {
             epoch,
             bytes: 0,

@@ -4,23 +4,35 @@ use ft::core::{backup, ms, primary};
 use ft::wire::frame::Frame;
 
 use crate::primary::limits;
-use crate::stream::NEVER;
+use crate::stream::{Message, NEVER, Tamper};
 use crate::world::{ACTIVE, Ev, Side, World, index};
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Fault {
+    /// A process ends; its kernel closes the connection.
     Crash(Side),
+    /// It ends after so many actions more, in the middle of a step.
+    CrashAfter(Side, u64),
+    /// A host is gone, and nobody closes anything.
+    PowerCut(Side),
     /// The connection breaks for both.
     Break,
     /// A direction is dead for so long (or for ever).
     Block(Side, u64),
+    /// Both are.
+    Partition(u64),
     /// A process is stopped for so long.
     Stall(Side, u64),
+    /// A host's clock jumps ahead.
+    ClockJump(Side, u64),
     /// A side does not reach the arbiter for so long.
     NoArbiter(Side, u64),
-    /// A damaged frame arrives.
-    Damage(Side),
-    ApplyFails,
+    /// The next frame of a side does not arrive as it was sent.
+    Tamper(Side, Tamper),
+    /// The backup's disk is slow for so long.
+    SlowDisk(u64),
+    /// It takes nothing any more.
+    DiskFull,
     ActivationFails,
     CheckpointFails,
     Disable,
@@ -29,129 +41,181 @@ pub enum Fault {
     Limits,
 }
 
+impl Fault {
+    /// Of whose process it is a step: it waits while that is stopped.
+    pub fn step_of(&self) -> Option<Side> {
+        match self {
+            Self::CheckpointFails | Self::Disable | Self::Failover | Self::Limits => Some(Side::Primary),
+            Self::Leave => Some(Side::Backup),
+            _ => None,
+        }
+    }
+
+    fn name(&self) -> &'static str {
+        match self {
+            Self::Crash(_) => "fault: crash",
+            Self::CrashAfter(..) => "fault: crash in a step",
+            Self::PowerCut(_) => "fault: power cut",
+            Self::Break => "fault: broken connection",
+            Self::Block(..) => "fault: dead direction",
+            Self::Partition(_) => "fault: partition",
+            Self::Stall(..) => "fault: stopped process",
+            Self::ClockJump(..) => "fault: clock jump",
+            Self::NoArbiter(..) => "fault: no arbiter",
+            Self::Tamper(_, Tamper::Flip(_)) => "fault: flipped bit",
+            Self::Tamper(_, Tamper::Lose) => "fault: lost frame",
+            Self::Tamper(_, Tamper::Twice) => "fault: frame twice",
+            Self::Tamper(_, Tamper::Late) => "fault: frame late",
+            Self::SlowDisk(_) => "fault: slow disk",
+            Self::DiskFull => "fault: full disk",
+            Self::ActivationFails => "fault: activation",
+            Self::CheckpointFails => "fault: checkpoint",
+            Self::Disable => "operator: disable",
+            Self::Failover => "operator: failover",
+            Self::Leave => "operator: backup ends",
+            Self::Limits => "operator: limits",
+        }
+    }
+}
+
 impl World {
+    fn any_side(&mut self) -> Side {
+        if self.one_in(2) { Side::Primary } else { Side::Backup }
+    }
+
+    /// The faults of a session that begins now.
     pub fn plan_faults(&mut self) {
+        let active = if self.is_first() { ACTIVE } else { ACTIVE / 2 };
+        self.active = self.now + active;
         let count = [0, 1, 1, 1, 2, 2, 3, 4][self.below(8) as usize];
         for _ in 0..count {
-            let at = self.below(ACTIVE);
-            let side = if self.one_in(2) { Side::Primary } else { Side::Backup };
+            let at = self.now + self.below(active);
+            let side = self.any_side();
             let span = [ms(20), ms(200), ms(700), ms(2_000)][self.below(4) as usize];
-            let fault = match self.below(20) {
-                0..=3 => Fault::Crash(side),
-                4 | 5 => Fault::Break,
-                6 => Fault::Block(side, NEVER),
-                7 => Fault::Block(side, span),
-                8 | 9 => Fault::Stall(side, span),
-                10 => Fault::Damage(side),
-                11 => Fault::ApplyFails,
-                12 => Fault::ActivationFails,
-                13 => Fault::CheckpointFails,
-                14 => Fault::Disable,
-                15 | 16 => Fault::Failover,
-                17 => Fault::Leave,
-                18 => Fault::Limits,
+            let fault = match self.below(30) {
+                0..=2 => Fault::Crash(side),
+                3 | 4 => Fault::CrashAfter(side, self.below(60)),
+                5 | 6 => Fault::PowerCut(side),
+                7 | 8 => Fault::Break,
+                9 => Fault::Block(side, NEVER),
+                10 => Fault::Block(side, span),
+                11 => Fault::Partition(if self.one_in(2) { NEVER } else { span }),
+                12 | 13 => Fault::Stall(side, span),
+                14 => Fault::ClockJump(side, [ms(30), ms(200), ms(2_000)][self.below(3) as usize]),
+                15 | 16 => {
+                    let bit = self.random();
+                    let tamper = [Tamper::Flip(bit), Tamper::Lose, Tamper::Twice, Tamper::Late];
+                    Fault::Tamper(side, tamper[self.below(4) as usize])
+                }
+                17 => Fault::SlowDisk(span),
+                18 | 19 => Fault::DiskFull,
+                20 => Fault::ActivationFails,
+                21 => Fault::CheckpointFails,
+                22 => Fault::Disable,
+                23..=25 => Fault::Failover,
+                26 => Fault::Leave,
+                27 => Fault::Limits,
                 _ => Fault::NoArbiter(side, span),
             };
             if self.one_in(5) {
-                let other = if self.one_in(2) { Side::Primary } else { Side::Backup };
+                let other = self.any_side();
                 self.at(at.saturating_sub(ms(5)), Ev::Fault(Fault::NoArbiter(other, ms(1_500))));
+            }
+            if matches!(fault, Fault::ClockJump(..)) && self.one_in(2) {
+                // Jumps do harm while a side waits for silence or holds a lease.
+                let (before, span) = (self.below(ms(400)), ms(200) + self.below(ms(300)));
+                let cut = at.saturating_sub(before).max(self.now);
+                self.at(cut, Ev::Fault(Fault::Partition(span)));
             }
             self.at(at, Ev::Fault(fault));
         }
     }
 
+    /// The process is stopped, wherever it is.
+    pub fn stall(&mut self, side: Side, span: u64) {
+        let until = &mut self.s.stalled_until[index(side)];
+        *until = (*until).max(self.now + span);
+        let until = *until;
+        self.at(until, Ev::Resume(side));
+    }
+
+    /// Whether the process ends before its next action.
+    pub fn crashes_here(&mut self, side: Side) -> bool {
+        let left = &mut self.s.crash_after[index(side)];
+        let crashes = *left == Some(0);
+        *left = left.and_then(|left| left.checked_sub(1));
+        if crashes {
+            self.strike(Fault::Crash(side));
+        }
+        crashes
+    }
+
     pub fn disconnect(&mut self, side: Side) {
         let connected = match side {
-            Side::Primary => &mut self.p.connected,
-            Side::Backup => &mut self.b.connected,
+            Side::Primary => &mut self.s.p.connected,
+            Side::Backup => &mut self.s.b.connected,
         };
         if !std::mem::take(connected) {
             return;
         }
         let arrives = self.now + self.network_delay();
-        let end = crate::stream::Message {
-            arrives,
-            mark: 0,
-            stamp: 0,
-            frame: None,
-        };
-        self.streams[index(side)].send(end);
+        self.s.streams[index(side)].send(Message::end(arrives));
         self.at(arrives, Ev::Arrival(other(side)));
     }
 
-    /// Something after which nobody may be left to run the VM is excused, unless the survivor had a clear way.
-    fn fatal(&mut self, survivor_has_a_way: bool) {
-        self.fatal += 1;
-        let undecided = self.arbiter.winners.is_empty() && self.asking == [0; 2];
-        self.excused |= self.fatal > 1 || !survivor_has_a_way || !undecided;
+    fn dies(&mut self, side: Side) -> bool {
+        let alive = match side {
+            Side::Primary => &mut self.s.p.alive,
+            Side::Backup => &mut self.s.b.alive,
+        };
+        std::mem::take(alive)
     }
 
     pub fn strike(&mut self, fault: Fault) {
-        self.note(|| format!("fault: {fault:?}"));
+        self.note(|| format!("{fault:?}"));
+        self.count(fault.name(), 1);
         match fault {
-            Fault::Crash(Side::Primary) => {
-                if self.p.alive {
-                    let way = self.b.core.is_armed() && self.b.alive && !self.b.fail_apply && !self.b.fail_activation;
-                    // A `disarm` under way still arrives.
-                    self.fatal(way && !self.p.alone && !self.p.disarmed);
-                    self.p.alive = false;
-                    self.end_of(Side::Primary);
+            Fault::Crash(side) => {
+                if self.dies(side) {
+                    self.end_of(side);
                 }
             }
-            Fault::Crash(Side::Backup) => {
-                if self.b.alive {
-                    self.fatal(self.p.alive && !self.b.live);
-                    self.b.alive = false;
-                    self.b.out |= !self.b.live;
-                    self.b.live = false;
-                    self.end_of(Side::Backup);
+            Fault::CrashAfter(side, actions) => self.s.crash_after[index(side)] = Some(actions),
+            Fault::PowerCut(side) => {
+                if self.dies(side) {
+                    let keep = self.random();
+                    self.s.streams[index(side)].cut(keep);
                 }
             }
             Fault::Break => {
                 for side in [Side::Primary, Side::Backup] {
                     let at = self.now + self.network_delay();
-                    self.streams[index(side)].reset(at);
+                    self.s.streams[index(side)].reset(at);
                     self.at(at, Ev::Arrival(other(side)));
                 }
             }
             Fault::Block(side, span) => {
                 let until = if span == NEVER { NEVER } else { self.now + span };
-                self.streams[index(side)].blocked_until = until;
+                self.s.streams[index(side)].blocked_until = until;
                 if until != NEVER {
                     self.at(until, Ev::Arrival(other(side)));
                 }
             }
-            Fault::Stall(side, span) => self.stalled_until[index(side)] = self.now + span,
-            Fault::NoArbiter(side, span) => self.arbiter.unreachable_until[index(side)] = self.now + span,
-            Fault::Damage(Side::Primary) => self.primary_step(primary::Event::PeerLost("bad checksum".into())),
-            Fault::Damage(Side::Backup) => {
-                let heard = self.now;
-                self.backup_step(backup::Event::PeerBroken {
-                    heard,
-                    reason: "bad checksum".into(),
-                });
+            Fault::Partition(span) => {
+                self.strike(Fault::Block(Side::Primary, span));
+                self.strike(Fault::Block(Side::Backup, span));
             }
-            Fault::ApplyFails => {
-                if self.b.alive && !self.b.live {
-                    self.fatal(self.p.alive);
-                    self.b.fail_apply = true;
-                }
-            }
-            Fault::ActivationFails => {
-                if self.b.alive && !self.b.live {
-                    // With an unplanned loss the winner cannot go on: nobody can.
-                    self.fatal(false);
-                    self.b.fail_activation = true;
-                }
-            }
+            Fault::Stall(side, span) => self.stall(side, span),
+            Fault::ClockJump(side, span) => self.s.clocks[index(side)].jumped += span,
+            Fault::NoArbiter(side, span) => self.s.no_arbiter_until[index(side)] = self.now + span,
+            Fault::Tamper(side, tamper) => self.s.streams[index(side)].tamper = Some(tamper),
+            Fault::SlowDisk(span) => self.s.b.slow_until = self.now + span,
+            Fault::DiskFull => self.s.b.fail_apply = true,
+            Fault::ActivationFails => self.s.b.fail_activation |= !self.s.b.live,
             Fault::CheckpointFails => self.primary_step(primary::Event::MachineFailed("KVM".into())),
             Fault::Disable => self.primary_step(primary::Event::Disable("operator".into())),
             Fault::Failover => self.primary_step(primary::Event::Failover),
-            Fault::Leave => {
-                // The operator took away the one who was about to notice.
-                self.excused |= !self.p.alive && self.b.core.may_leave();
-                self.backup_step(backup::Event::Leave("operator".into()));
-            }
+            Fault::Leave => self.backup_step(backup::Event::Leave("operator".into())),
             Fault::Limits => {
                 let kind = self.below(3);
                 let mut changed = limits(kind);
@@ -166,15 +230,9 @@ impl World {
     fn end_of(&mut self, side: Side) {
         let at = self.now + self.network_delay();
         if self.one_in(3) {
-            self.streams[index(side)].reset(at);
+            self.s.streams[index(side)].reset(at);
         } else {
-            let end = crate::stream::Message {
-                arrives: at,
-                mark: 0,
-                stamp: 0,
-                frame: None,
-            };
-            self.streams[index(side)].send(end);
+            self.s.streams[index(side)].send(Message::end(at));
         }
         self.at(at + self.delay * 20, Ev::Arrival(other(side)));
         self.at(at, Ev::Arrival(other(side)));

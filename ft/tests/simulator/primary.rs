@@ -1,16 +1,24 @@
 //! The primary's shell in the simulator: guest, interposer, checkpoints.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 
-use ft::config::FtLimits;
-use ft::core::pacing::Limits;
+use ft::config::{FtLimits, FtState};
+use ft::core::ms;
 use ft::core::primary::{Action, Event, FromBackup, PrimaryState, ToBackup};
 use ft::machine::{DiskChange, Input, Output, PAGE_SIZE, PageRun};
 use ft::wire::frame::{EndMarker, Frame};
 
 use crate::guest::{BLOCK, BLOCKS, Guest, PAGES, page};
-use crate::stream::Message;
-use crate::world::{ACTIVE, Bug, Ev, Side, World};
+use crate::stream::{Got, Message};
+use crate::world::{Bug, Ev, Side, World, index};
+
+/// What an output's guest was, when it made it.
+#[derive(Debug, Clone, Copy)]
+pub struct Made {
+    pub epoch: u64,
+    /// Flushes that it had seen completed.
+    pub flushes: usize,
+}
 
 pub struct PrimarySide {
     pub core: PrimaryState,
@@ -21,21 +29,34 @@ pub struct PrimarySide {
     /// The VM runs without FT.
     pub alone: bool,
     taking: bool,
-    pub attached: bool,
     pub epoch: u64,
     dirty: [bool; PAGES],
     pub held: BTreeMap<u64, Vec<u64>>,
+    /// Outputs on their way out, with their epochs, and the epoch up to which they are released.
+    leaving: VecDeque<(u64, u64)>,
+    through: u64,
+    /// The last epoch whose outputs left.
+    left: u64,
+    todo: VecDeque<Action>,
     /// (disk changes, inputs) of the running epoch.
     logged: (u64, u64),
     /// (epoch, input) as logged.
     pub inputs: Vec<(u64, u64)>,
     /// The guest at the end of each epoch.
     pub history: BTreeMap<u64, Guest>,
-    next: u64,
+    /// Number of each value that was ever written to the disk.
+    pub writes: BTreeMap<u64, u64>,
+    last_write: [u64; BLOCKS],
+    /// The newest write of each block, at each flush.
+    pub flushed: Vec<[u64; BLOCKS]>,
+    /// The last output.
+    pub next: u64,
     heard: u64,
     pub connected: bool,
     /// `disarm` was sent.
     pub disarmed: bool,
+    /// It offered the VM, and was told that the backup cannot take it.
+    pub told: bool,
     deadline: u64,
 }
 
@@ -48,55 +69,65 @@ pub fn limits(kind: u64) -> FtLimits {
 }
 
 impl PrimarySide {
-    pub fn new() -> Self {
+    pub fn new(core: PrimaryState, guest: Guest, before: u64, now: u64) -> Self {
         Self {
-            core: PrimaryState::new(0, Limits::from(&limits(0)), 1, 1),
+            core,
             alive: true,
-            guest: Guest::default(),
+            guest,
             paused: false,
             stopped: false,
             alone: false,
             taking: false,
-            attached: false,
             epoch: 1,
             dirty: [false; PAGES],
             held: BTreeMap::new(),
+            leaving: VecDeque::new(),
+            through: 0,
+            left: 0,
+            todo: VecDeque::new(),
             logged: (0, 0),
             inputs: Vec::new(),
             history: BTreeMap::new(),
-            next: 0,
-            heard: 1,
+            writes: BTreeMap::new(),
+            last_write: [0; BLOCKS],
+            flushed: Vec::new(),
+            next: before,
+            heard: now,
             connected: true,
             disarmed: false,
+            told: false,
             deadline: 0,
         }
     }
 
-    pub fn configure(&mut self, max_in_flight: usize, kind: u64) {
-        self.core = PrimaryState::new(0, Limits::from(&limits(kind)), max_in_flight, 1);
+    /// Nothing that it held will ever leave.
+    pub fn drop_outputs(&mut self) {
+        self.held.clear();
+        self.leaving.clear();
+    }
+
+    fn writes(&mut self, block: usize, value: u64) {
+        let number = self.writes.len() as u64 + 1;
+        self.writes.insert(value, number);
+        self.last_write[block] = number;
+        self.guest.disk[block] = value;
     }
 }
 
 impl World {
     pub fn send_to_backup(&mut self, frame: Frame) {
-        if !self.p.alive || !self.p.connected {
+        if !self.s.p.alive || !self.s.p.connected {
             return;
         }
         let arrives = self.now + self.network_delay();
-        let mark = self.p.core.released();
-        self.streams[0].send(Message {
-            arrives,
-            mark,
-            stamp: self.now,
-            frame: Some(frame),
-        });
+        let (mark, stamp) = (self.s.p.left, self.clock(Side::Primary));
+        self.s.streams[0].send(Message::new(arrives, mark, stamp, frame));
         self.at(arrives, Ev::Arrival(Side::Backup));
     }
 
     pub fn begin_precopy(&mut self) {
         for i in 0..PAGES {
-            let value = self.random();
-            self.p.guest.ram[i] = value;
+            let value = self.s.p.guest.ram[i];
             let runs = vec![PageRun {
                 gpa: (i * PAGE_SIZE) as u64,
                 count: 1,
@@ -108,65 +139,78 @@ impl World {
             });
         }
         for i in 0..BLOCKS {
-            let value = self.random();
-            self.p.guest.disk[i] = value;
+            let value = self.s.p.guest.disk[i];
+            self.s.p.writes(i, value);
             self.send_to_backup(disk_frame(0, i, value));
         }
-        if self.p.core.begin_first_checkpoint() {
-            self.p.paused = true;
-            self.p.taking = true;
-            self.p.attached = true;
-            self.schedule(ft::core::ms(2), Ev::Taken);
+        if self.s.p.core.begin_first_checkpoint() {
+            self.s.p.paused = true;
+            self.s.p.taking = true;
+            self.schedule(ms(2), Ev::Taken);
         }
     }
 
     pub fn guest_acts(&mut self) {
-        if self.now > ACTIVE || !self.p.alive || self.p.stopped {
+        if self.now > self.active || !self.s.p.alive || self.s.p.stopped {
             return;
         }
-        let pace = self.below(ft::core::ms(4)) + 100_000;
+        let pace = self.below(ms(4)) + 100_000;
         self.schedule(pace, Ev::Guest);
-        if self.p.paused {
+        if self.s.p.paused {
             return;
         }
         let value = self.random();
-        self.p.guest.mix(value);
-        match value % 8 {
+        self.s.p.guest.mix(value);
+        match value % 10 {
             0 | 1 => {
                 let i = (value >> 8) as usize % PAGES;
-                self.p.guest.ram[i] = if value >> 60 == 0 { 0 } else { value };
-                self.p.dirty[i] = true;
+                self.s.p.guest.ram[i] = if value >> 60 == 0 { 0 } else { value };
+                self.s.p.dirty[i] = true;
             }
             2 | 3 => {
                 let i = (value >> 8) as usize % BLOCKS;
-                self.p.guest.disk[i] = value;
-                if !self.p.alone {
-                    self.p.logged.0 += 1;
-                    self.send_to_backup(disk_frame(self.p.epoch, i, value));
+                self.s.p.writes(i, value);
+                if !self.s.p.alone {
+                    self.s.p.logged.0 += 1;
+                    self.send_to_backup(disk_frame(self.s.p.epoch, i, value));
                 }
             }
             4 => {
-                if !self.p.alone {
-                    self.p.logged.1 += 1;
-                    self.p.inputs.push((self.p.epoch, value));
+                if !self.s.p.alone {
+                    self.s.p.logged.1 += 1;
+                    self.s.p.inputs.push((self.s.p.epoch, value));
                     let input = Input::Frame {
                         nic: 0,
                         data: value.to_le_bytes().to_vec(),
                     };
                     self.send_to_backup(Frame::Input {
-                        epoch: self.p.epoch,
+                        epoch: self.s.p.epoch,
                         input,
                     });
                 }
             }
+            5 => {
+                // The primary's own disk has it before the guest goes on.
+                let flushed = self.s.p.last_write;
+                self.s.p.flushed.push(flushed);
+                if !self.s.p.alone {
+                    self.s.p.logged.0 += 1;
+                    self.send_to_backup(Frame::Disk {
+                        epoch: self.s.p.epoch,
+                        disk: 0,
+                        change: DiskChange::Flush,
+                    });
+                }
+            }
             _ => {
-                self.p.next += 1;
-                let id = self.p.next;
-                if self.p.alone {
-                    self.outsiders_see(Side::Primary, id);
+                self.s.p.next += 1;
+                let id = self.s.p.next;
+                if self.s.p.alone {
+                    self.outsiders_see(id);
                 } else {
-                    self.output_epoch.insert(id, self.p.epoch);
-                    self.p.held.entry(self.p.epoch).or_default().push(id);
+                    let (epoch, flushes) = (self.s.p.epoch, self.s.p.flushed.len());
+                    self.s.made.insert(id, Made { epoch, flushes });
+                    self.s.p.held.entry(self.s.p.epoch).or_default().push(id);
                     self.primary_tick();
                 }
             }
@@ -174,14 +218,14 @@ impl World {
     }
 
     pub fn checkpoint_taken(&mut self) {
-        if !self.p.alive || self.p.stopped || !std::mem::take(&mut self.p.taking) {
+        if !self.s.p.alive || self.s.p.stopped || !std::mem::take(&mut self.s.p.taking) {
             return;
         }
-        let epoch = self.p.epoch;
-        self.p.epoch += 1;
-        self.p.history.insert(epoch, self.p.guest.clone());
-        let (disk, inputs) = std::mem::take(&mut self.p.logged);
-        let dirty = std::mem::take(&mut self.p.dirty);
+        let epoch = self.s.p.epoch;
+        self.s.p.epoch += 1;
+        self.s.p.history.insert(epoch, self.s.p.guest.clone());
+        let (disk, inputs) = std::mem::take(&mut self.s.p.logged);
+        let dirty = std::mem::take(&mut self.s.p.dirty);
         let pages = dirty.iter().filter(|d| **d).count() as u64;
         self.note(|| format!("primary: checkpoint {epoch}"));
         self.primary_step(Event::Checkpointed {
@@ -190,11 +234,12 @@ impl World {
         });
         if self.bug == Some(Bug::ReleaseBeforeCommit) {
             self.release(epoch);
+            self.primary_works();
         }
-        if !self.p.core.sends() {
+        if !self.s.p.core.sends() {
             return;
         }
-        let outputs: Vec<u64> = self.p.held.get(&epoch).cloned().unwrap_or_default();
+        let outputs: Vec<u64> = self.s.p.held.get(&epoch).cloned().unwrap_or_default();
         let outputs: Vec<Output> = outputs
             .iter()
             .map(|id| Output::Frame {
@@ -215,7 +260,7 @@ impl World {
                 gpa: (i * PAGE_SIZE) as u64,
                 count: 1,
             }];
-            match self.p.guest.ram[i] {
+            match self.s.p.guest.ram[i] {
                 0 => {
                     marker.zero_pages += 1;
                     self.send_to_backup(Frame::ZeroPages { epoch, runs });
@@ -234,7 +279,7 @@ impl World {
             self.send_to_backup(Frame::Outputs { epoch, outputs });
         }
         // The guest may have run on already: the state is that of the checkpoint.
-        let state = self.p.history[&epoch].state;
+        let state = self.s.p.history[&epoch].state;
         self.send_to_backup(Frame::State {
             epoch,
             data: state.to_le_bytes().to_vec(),
@@ -243,39 +288,84 @@ impl World {
     }
 
     pub fn primary_step(&mut self, event: Event) {
-        if !self.p.alive {
+        if !self.s.p.alive {
             return;
         }
-        let before = self.p.core.status();
-        let actions = self.p.core.step(event.clone(), self.now);
-        let after = self.p.core.status();
+        let now = self.clock(Side::Primary);
+        let before = self.s.p.core.status();
+        let actions = self.s.p.core.step(event.clone(), now);
+        let after = self.s.p.core.status();
         if before.state != after.state {
             self.note(|| format!("primary: {:?} -> {:?} by {event:?}", before.state, after.state));
         }
-        for action in actions {
-            self.primary_does(action);
-        }
-        if let Some(at) = self.p.core.deadline()
-            && at != self.p.deadline
+        self.s.p.todo.extend(actions);
+        self.primary_works();
+        if let Some(at) = self.s.p.core.deadline()
+            && at != self.s.p.deadline
         {
-            self.p.deadline = at;
-            self.at(at.max(self.now), Ev::Deadline);
+            self.s.p.deadline = at;
+            let when = self.s.clocks[0].when(at, self.now);
+            self.at(when, Ev::Deadline);
+        }
+    }
+
+    /// Does what is to be done, unless the process is stopped or ends in the middle of it.
+    pub fn primary_works(&mut self) {
+        while self.s.stalled_until[index(Side::Primary)] <= self.now {
+            if !self.s.p.alive {
+                self.s.p.todo.clear();
+                return self.s.p.drop_outputs();
+            }
+            if let Some((epoch, id)) = self.s.p.leaving.pop_front() {
+                self.leaves(epoch, id);
+            } else if let Some(action) = self.s.p.todo.pop_front() {
+                if !self.crashes_here(Side::Primary) {
+                    self.primary_does(action);
+                }
+            } else {
+                return;
+            }
+        }
+    }
+
+    /// An output that may leave, if it still may: the process may have been stopped since.
+    fn leaves(&mut self, epoch: u64, id: u64) {
+        let now = self.clock(Side::Primary);
+        if !self.s.p.core.may_release(now) && self.bug != Some(Bug::ReleaseWithoutLook) {
+            self.s.p.held.entry(epoch).or_default().insert(0, id);
+            while let Some((epoch, id)) = self.s.p.leaving.pop_back() {
+                let place = self.s.p.held.entry(epoch).or_default();
+                let at = place.iter().position(|other| *other > id).unwrap_or(place.len());
+                place.insert(at, id);
+            }
+            self.s.p.left = epoch - 1;
+            return self.count("outputs taken back", 1);
+        }
+        self.check_release(epoch, id);
+        self.outsiders_see(id);
+        if self.s.p.leaving.is_empty() {
+            self.s.p.left = self.s.p.through;
+        }
+        if self.now < self.active && self.one_in(400) {
+            let span = [ms(20), ms(700), ms(1_500)][self.below(3) as usize];
+            self.count("stopped while outputs leave", 1);
+            self.stall(Side::Primary, span);
         }
     }
 
     fn primary_does(&mut self, action: Action) {
         match action {
             Action::Checkpoint => {
-                self.p.paused = true;
-                self.p.taking = true;
-                let pause = self.below(ft::core::ms(3));
+                self.s.p.paused = true;
+                self.s.p.taking = true;
+                let pause = self.below(ms(3));
                 self.schedule(pause, Ev::Taken);
             }
-            Action::Resume => self.p.paused = false,
+            Action::Resume => self.s.p.paused = false,
             Action::Release(epoch) => self.release(epoch),
             Action::Throttle(_) => {}
             Action::Send(ToBackup::Disarm(reason)) => {
-                self.p.disarmed = true;
+                self.s.p.disarmed = true;
                 self.send_to_backup(Frame::Disarm(reason));
             }
             Action::Send(ToBackup::Handover(epoch)) => self.send_to_backup(Frame::Handover(epoch)),
@@ -283,45 +373,46 @@ impl World {
             Action::Disconnect => self.disconnect(Side::Primary),
             Action::GoAlone => {
                 self.goes_alone();
-                let held = std::mem::take(&mut self.p.held);
-                for id in held.into_values().flatten() {
-                    self.outsiders_see(Side::Primary, id);
-                }
-                (self.p.paused, self.p.taking) = (false, false);
+                self.runs_on();
             }
-            Action::Abandon => {
-                self.p.alone = true;
-                let held = std::mem::take(&mut self.p.held);
-                for id in held.into_values().flatten() {
-                    self.outsiders_see(Side::Primary, id);
-                }
-                (self.p.paused, self.p.taking) = (false, false);
-            }
+            Action::Abandon => self.runs_on(),
             Action::Stop(reason) => {
                 self.note(|| format!("primary stops: {reason}"));
-                self.p.stopped = true;
-                self.p.held.clear();
+                self.s.p.stopped = true;
+                self.s.p.drop_outputs();
             }
         }
     }
 
+    /// Without FT, with everything released.
+    fn runs_on(&mut self) {
+        self.s.p.alone = true;
+        for id in std::mem::take(&mut self.s.p.held).into_values().flatten() {
+            self.outsiders_see(id);
+        }
+        (self.s.p.paused, self.s.p.taking) = (false, false);
+        self.runs_alone();
+    }
+
     fn release(&mut self, through: u64) {
-        let later = self.p.held.split_off(&(through + 1));
-        let now = std::mem::replace(&mut self.p.held, later);
-        for (epoch, ids) in now {
-            for id in ids {
-                self.check_release(epoch, id);
-                self.outsiders_see(Side::Primary, id);
-            }
+        let later = self.s.p.held.split_off(&(through + 1));
+        let now = std::mem::replace(&mut self.s.p.held, later);
+        let outputs = now
+            .into_iter()
+            .flat_map(|(epoch, ids)| ids.into_iter().map(move |id| (epoch, id)));
+        self.s.p.leaving.extend(outputs);
+        self.s.p.through = through;
+        if self.s.p.leaving.is_empty() {
+            self.s.p.left = through;
         }
     }
 
     pub fn primary_tick(&mut self) {
-        let output = self.p.held.contains_key(&self.p.epoch);
-        let heard = self.p.heard;
+        let output = self.s.p.held.contains_key(&self.s.p.epoch);
+        let heard = self.s.p.heard;
         self.primary_step(Event::Tick {
             heard,
-            running_bytes: 100 * (self.p.logged.0 + self.p.logged.1),
+            running_bytes: 100 * (self.s.p.logged.0 + self.s.p.logged.1),
             output,
         });
     }
@@ -332,16 +423,23 @@ impl World {
     }
 
     pub fn primary_receives(&mut self) {
-        while self.p.alive && self.p.connected {
-            let Some(message) = self.streams[1].receive(self.now) else {
+        while self.s.p.alive && self.s.p.connected {
+            let Some(got) = self.receive(Side::Primary) else {
                 break;
             };
-            self.p.heard = self.now;
-            let Some(frame) = message.frame else {
-                self.primary_step(Event::PeerLost("closed".into()));
-                break;
+            self.s.p.heard = self.clock(Side::Primary);
+            let (stamp, frame) = match got {
+                Got::Frame { stamp, frame, .. } => (stamp, frame),
+                Got::End => {
+                    self.primary_step(Event::PeerLost("closed".into()));
+                    break;
+                }
+                Got::Broken(reason) => {
+                    self.primary_step(Event::PeerLost(reason));
+                    break;
+                }
             };
-            let message_ = match frame {
+            let message = match frame {
                 Frame::Heartbeat => FromBackup::Heartbeat,
                 Frame::Ack(epoch) => FromBackup::Ack(epoch),
                 Frame::Disarmed => FromBackup::Disarmed,
@@ -350,19 +448,18 @@ impl World {
                 Frame::Bye(reason) => FromBackup::Bye(reason),
                 other => panic!("{other:?}"),
             };
-            if let FromBackup::Ack(_) = message_ {
+            let offered = self.s.p.core.status().state == FtState::Protected;
+            self.s.p.told |= offered && matches!(message, FromBackup::HandoverFailed { .. });
+            if let FromBackup::Ack(_) = message {
                 self.count("commits", 1);
             }
             let lease_broken = self.bug == Some(Bug::ReleaseWithoutLease);
-            let echo = if lease_broken { self.now } else { message.stamp };
-            self.primary_step(Event::Peer {
-                echo,
-                message: message_,
-            });
+            let echo = if lease_broken { self.s.p.heard } else { stamp };
+            self.primary_step(Event::Peer { echo, message });
         }
-        if let Some(at) = self.streams[1].due()
+        if let Some(at) = self.s.streams[1].due()
             && at > self.now
-            && self.p.connected
+            && self.s.p.connected
         {
             self.at(at, Ev::Arrival(Side::Primary));
         }

@@ -1,4 +1,4 @@
-//! The world of one seed: time, chance, what is scheduled, the arbiter, and what outsiders saw.
+//! The world of one seed: time, chance, what is scheduled, the sessions and the arbiter.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap};
@@ -7,10 +7,10 @@ use ft::config::FtState;
 use ft::core::arbitration::Answer;
 use ft::core::ms;
 
-use crate::backup::BackupSide;
 use crate::faults::Fault;
-use crate::primary::PrimarySide;
-use crate::stream::Stream;
+use crate::guest::{BLOCKS, Guest, PAGES};
+use crate::session::Session;
+use crate::stream::Got;
 
 /// Protocol bugs that the checks must find.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -25,6 +25,20 @@ pub enum Bug {
     InputsOutOfOrder,
     LoseCommittedOutputs,
     NeverAsk,
+    /// Outputs leave although the process was stopped since the lease was looked at.
+    ReleaseWithoutLook,
+    /// Checksums and sequence numbers are not looked at.
+    UseDamaged,
+    /// An epoch with a flush is acknowledged once it is staged.
+    AckBeforeDurable,
+    /// The backup's disk is not flushed.
+    FlushIsForgotten,
+    /// The backup takes the primary for silent too early.
+    Impatient,
+    /// A new session does not read the generation from the arbiter.
+    StaleGeneration,
+    /// A handover that failed names another generation than the one that was spent.
+    WrongGeneration,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -54,51 +68,52 @@ pub enum Ev {
     /// Its answer comes back.
     Answer(Side, Answer),
     Fault(Fault),
+    /// A stopped process goes on.
+    Resume(Side),
+    /// The survivor gets a new backup.
+    Reprotect,
 }
 
-#[derive(Debug, Default)]
-pub struct ArbiterModel {
-    pub winners: BTreeMap<u64, Side0>,
-    pub unreachable_until: [u64; 2],
-}
-
-/// `Side` as a number, so that it has an order.
-pub type Side0 = usize;
-
-pub fn index(side: Side) -> Side0 {
+pub fn index(side: Side) -> usize {
     match side {
         Side::Primary => 0,
         Side::Backup => 1,
     }
 }
 
-/// When faults and the guest end; after that, everything heals and must settle.
+/// How long faults strike and the guest works; after that, everything heals and must settle.
 pub const ACTIVE: u64 = ms(900);
-const SETTLED: u64 = ms(12_000);
+/// The longest fault, the longest silence that is no loss, the longest pause between two questions to the arbiter, and
+/// as much again.
+const SETTLED: u64 = ms(8_000);
+/// A backup that never got a whole epoch is more patient.
+const SYNCING: u64 = ms(13_000);
 /// When a pair that is at peace may be left alone: every silence would have been noticed.
-const QUIET: u64 = ACTIVE + ms(3_500);
+const QUIET: u64 = ms(3_500);
 
 pub struct World {
     pub now: u64,
     rng: u64,
     seq: u64,
     queue: BinaryHeap<Reverse<(u64, u64, usize)>>,
-    slots: Vec<Option<Ev>>,
+    /// Events with the number of their session.
+    slots: Vec<Option<(usize, Ev)>>,
     pub bug: Option<Bug>,
-    /// Primary to backup, backup to primary.
-    pub streams: [Stream; 2],
-    pub p: PrimarySide,
-    pub b: BackupSide,
-    pub arbiter: ArbiterModel,
-    /// A stopped process takes no step before.
-    pub stalled_until: [u64; 2],
-    /// Outputs that outsiders saw, by whom they were released.
-    pub seen: Vec<(Side, u64)>,
-    pub output_epoch: BTreeMap<u64, u64>,
-    /// Faults after which it is no wonder that no VM runs.
-    pub fatal: u32,
-    pub excused: bool,
-    pub asking: [u32; 2],
+    /// The session at work, and its number.
+    pub s: Session,
+    number: usize,
+    /// The others.
+    parked: Vec<Option<Session>>,
+    /// How many more there may be.
+    pub sessions_left: u32,
+    /// Who won each generation.
+    pub winners: BTreeMap<u64, usize>,
+    /// When faults and the guest end.
+    pub active: u64,
+    /// `disk-of-both`.
+    pub durable: bool,
+    /// All frames go through the real encoder and reader.
+    real_wire: bool,
     pub violation: Option<String>,
     pub delay: u64,
     pub counts: BTreeMap<&'static str, u64>,
@@ -115,16 +130,14 @@ impl World {
             queue: BinaryHeap::new(),
             slots: Vec::new(),
             bug,
-            streams: [Stream::default(), Stream::default()],
-            p: PrimarySide::new(),
-            b: BackupSide::new(),
-            arbiter: ArbiterModel::default(),
-            stalled_until: [0; 2],
-            seen: Vec::new(),
-            output_epoch: BTreeMap::new(),
-            fatal: 0,
-            excused: false,
-            asking: [0; 2],
+            s: Session::none(),
+            number: 0,
+            parked: Vec::new(),
+            sessions_left: 0,
+            winners: BTreeMap::new(),
+            active: 0,
+            durable: false,
+            real_wire: false,
             violation: None,
             delay: 0,
             counts: BTreeMap::new(),
@@ -132,14 +145,56 @@ impl World {
             trace: Vec::new(),
         };
         world.delay = [ms(1) / 10, ms(2), ms(30)][world.below(3) as usize];
-        let (in_flight, kind) = (world.below(4) as usize + 1, world.below(3));
-        world.p.configure(in_flight, kind);
-        world.schedule(0, Ev::Pulse(Side::Primary));
-        world.schedule(ms(3), Ev::Pulse(Side::Backup));
-        world.schedule(0, Ev::Guest);
-        world.plan_faults();
-        world.begin_precopy();
+        world.durable = world.one_in(2);
+        world.real_wire = world.one_in(16);
+        world.sessions_left = [0, 0, 1, 2][world.below(4) as usize];
+        let guest = Guest {
+            ram: [(); PAGES].map(|()| world.random()),
+            disk: [(); BLOCKS].map(|()| world.random()),
+            state: 0,
+        };
+        world.begin_session(guest, 0);
         world
+    }
+
+    /// The new session is the one at work.
+    pub fn add_session(&mut self, session: Session) {
+        let old = std::mem::replace(&mut self.s, session);
+        if let Some(place) = self.parked.get_mut(self.number) {
+            *place = Some(old);
+        }
+        self.number = self.parked.len();
+        self.parked.push(None);
+    }
+
+    /// That session is at work.
+    pub fn enter(&mut self, number: usize) {
+        if let Some(session) = self.parked[number].take() {
+            self.parked[self.number] = Some(std::mem::replace(&mut self.s, session));
+            self.number = number;
+        }
+    }
+
+    pub fn sessions(&self) -> usize {
+        self.parked.len()
+    }
+
+    pub fn is_first(&self) -> bool {
+        self.parked.len() == 1
+    }
+
+    pub fn is_newest(&self) -> bool {
+        self.number + 1 == self.parked.len()
+    }
+
+    /// The name of a side's node in the arbiter.
+    pub fn node(&self, side: Side) -> usize {
+        2 * self.number + index(side)
+    }
+
+    /// The time by a side's clock.
+    pub fn clock(&self, side: Side) -> u64 {
+        self.s.clocks[index(side)].at(self.now)
     }
 
     pub fn random(&mut self) -> u64 {
@@ -161,7 +216,7 @@ impl World {
     /// A delay of the network; mostly short, sometimes very long.
     pub fn network_delay(&mut self) -> u64 {
         let base = self.delay;
-        if self.now < ACTIVE && self.one_in(60) {
+        if self.now < self.active && self.one_in(60) {
             self.below(base * 20)
         } else {
             self.below(base) + base / 10
@@ -174,13 +229,13 @@ impl World {
 
     pub fn at(&mut self, at: u64, event: Ev) {
         self.seq += 1;
-        self.slots.push(Some(event));
+        self.slots.push(Some((self.number, event)));
         self.queue.push(Reverse((at, self.seq, self.slots.len() - 1)));
     }
 
     pub fn note(&mut self, text: impl FnOnce() -> String) {
         if self.tracing {
-            let line = format!("{:>10.3} ms  {}", self.now as f64 / 1e6, text());
+            let line = format!("{:>10.3} ms  {}: {}", self.now as f64 / 1e6, self.number + 1, text());
             self.trace.push(line);
         }
     }
@@ -194,32 +249,35 @@ impl World {
         *self.counts.entry(what).or_insert(0) += n;
     }
 
-    pub fn counters(&self) -> impl Iterator<Item = (&'static str, u64)> {
-        self.counts.iter().map(|(what, n)| (*what, *n))
-    }
-
     pub fn ends(&self) -> (FtState, FtState) {
-        (self.p.core.status().state, self.b.core.status().state)
+        (self.s.p.core.status().state, self.s.b.core.status().state)
     }
 
     fn stalled(&self, event: &Ev) -> Option<u64> {
         let side = match event {
-            Ev::Arrival(side) | Ev::Pulse(side) | Ev::Answer(side, _) => *side,
+            Ev::Arrival(side) | Ev::Pulse(side) | Ev::Answer(side, _) | Ev::Resume(side) => *side,
             Ev::Deadline | Ev::Guest | Ev::Taken => Side::Primary,
             Ev::Applied | Ev::Activated(_) => Side::Backup,
-            Ev::Ask(..) | Ev::Fault(_) => return None,
+            Ev::Fault(fault) => fault.step_of()?,
+            Ev::Ask(..) | Ev::Reprotect => return None,
         };
-        let until = self.stalled_until[index(side)];
+        let until = self.s.stalled_until[index(side)];
         (until > self.now).then_some(until)
     }
 
     pub fn run(&mut self) -> Result<(), String> {
         while let Some(Reverse((at, _, slot))) = self.queue.pop() {
-            if at > SETTLED || self.violation.is_some() || (at > QUIET && self.is_quiet()) {
+            if at > self.active + self.patience()
+                || self.violation.is_some()
+                || (at > self.active + QUIET && self.is_quiet())
+            {
                 break;
             }
             self.now = self.now.max(at);
-            let Some(event) = self.slots[slot].take() else { continue };
+            let Some((number, event)) = self.slots[slot].take() else {
+                continue;
+            };
+            self.enter(number);
             match self.stalled(&event) {
                 Some(until) => self.at(until, event),
                 None => self.dispatch(event),
@@ -231,8 +289,41 @@ impl World {
         self.violation.clone().map_or(Ok(()), Err)
     }
 
+    /// How long after the faults it may take until the VM runs, or everybody gave up.
+    fn patience(&self) -> u64 {
+        if self.s.b.whole == 0 { SYNCING } else { SETTLED }
+    }
+
     fn is_quiet(&self) -> bool {
-        self.ends() == (FtState::Protected, FtState::Protected) && !self.p.core.hands_over() && !self.p.disarmed
+        self.is_newest()
+            && self.ends() == (FtState::Protected, FtState::Protected)
+            && self.s.p.alive
+            && self.s.b.alive
+            && !self.s.p.core.hands_over()
+            && !self.s.p.disarmed
+    }
+
+    /// What arrives at a side. A frame that is not as it was sent must not be used, any other must (R6).
+    pub fn receive(&mut self, to: Side) -> Option<Got> {
+        let trusting = self.bug == Some(Bug::UseDamaged);
+        let stream = &mut self.s.streams[1 - index(to)];
+        let (got, sound) = stream.receive(self.now, self.real_wire, trusting)?;
+        match &got {
+            Got::Frame { frame, .. } if !sound && !trusting => {
+                let what = format!("a damaged frame is used: {frame:?}");
+                self.violated("R6", what);
+            }
+            Got::Broken(reason) if sound => {
+                let what = format!("a correct peer is accused: {reason}");
+                self.violated("R6", what);
+            }
+            Got::Broken(_) => {
+                stream.abandon();
+                self.count("damaged frames found", 1);
+            }
+            _ => {}
+        }
+        Some(got)
     }
 
     fn dispatch(&mut self, event: Ev) {
@@ -248,18 +339,21 @@ impl World {
             Ev::Ask(side, expected) => self.asked(side, expected),
             Ev::Answer(side, answer) => self.answered(side, answer),
             Ev::Fault(fault) => self.strike(fault),
+            Ev::Resume(Side::Primary) => self.primary_works(),
+            Ev::Resume(Side::Backup) => self.backup_works(),
+            Ev::Reprotect => self.reprotect(),
         }
     }
 
     fn pulse(&mut self, side: Side) {
         match side {
-            Side::Primary if self.p.alive => self.primary_pulse(),
-            Side::Backup if self.b.alive => self.backup_pulse(),
+            Side::Primary if self.s.p.alive => self.primary_pulse(),
+            Side::Backup if self.s.b.alive => self.backup_pulse(),
             _ => return,
         }
         let over = match side {
-            Side::Primary => self.p.core.is_over(),
-            Side::Backup => self.b.core.is_over(),
+            Side::Primary => self.s.p.core.is_over(),
+            Side::Backup => self.s.b.core.is_over(),
         };
         if !over {
             let jitter = self.below(ms(2));
@@ -271,7 +365,6 @@ impl World {
         if self.bug == Some(Bug::NeverAsk) {
             return;
         }
-        self.asking[index(side)] += 1;
         let delay = if self.one_in(8) {
             self.below(ms(400))
         } else {
@@ -282,19 +375,18 @@ impl World {
     }
 
     fn asked(&mut self, side: Side, expected: u64) {
-        let me = index(side);
-        self.asking[me] -= 1;
+        let me = self.node(side);
         let delay = self.below(ms(3));
-        if self.now < self.arbiter.unreachable_until[me] {
+        if self.now < self.s.no_arbiter_until[index(side)] {
             let answer = Answer::Unknown {
                 reason: "unreachable".into(),
             };
             return self.schedule(ms(100), Ev::Answer(side, answer));
         }
-        let winner = *self.arbiter.winners.entry(expected + 1).or_insert(me);
+        let winner = *self.winners.entry(expected + 1).or_insert(me);
         self.note(|| format!("arbiter: generation {} belongs to {winner}", expected + 1));
         // The answer may be lost although the register was set.
-        let answer = if self.now < ACTIVE && self.one_in(10) {
+        let answer = if self.now < self.active && self.one_in(10) {
             Answer::Unknown {
                 reason: "the answer was lost".into(),
             }

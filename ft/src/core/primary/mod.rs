@@ -25,7 +25,7 @@ const DEAF_TIMEOUT: Nanos = ms(30_000);
 const SYNC_TIMEOUT: Nanos = ms(10_000);
 
 /// What the primary has to do with a frame of the backup.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum FromBackup {
     /// Sign of life.
     Heartbeat,
@@ -47,7 +47,7 @@ pub enum FromBackup {
 }
 
 /// What the primary tells the backup, beside data.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum ToBackup {
     /// Do not take over any more.
     Disarm(String),
@@ -123,7 +123,7 @@ pub enum Action {
     Stop(String),
 }
 
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 enum Phase {
     /// Pre-copy; `armed` tells whether checkpoint 1 is under way.
     Syncing,
@@ -144,7 +144,7 @@ enum Phase {
     Ended(FtState),
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 enum End {
     Solo,
     Disabled,
@@ -162,7 +162,7 @@ impl End {
 }
 
 /// The primary.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct PrimaryState {
     phase: Phase,
     reason: Option<String>,
@@ -189,7 +189,7 @@ pub struct PrimaryState {
     armed_at: Nanos,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 enum Handover {
     No,
     Wanted,

@@ -159,7 +159,7 @@ impl PrimaryState {
     }
 
     /// The backup does not count any more.
-    pub(super) fn lose(&mut self, reason: String, _now: Nanos, out: &mut Vec<Action>) {
+    pub(super) fn lose(&mut self, reason: String, now: Nanos, out: &mut Vec<Action>) {
         let end = match &self.phase {
             Phase::Ended(_) | Phase::Arbitrating { .. } => return,
             Phase::Disarming { end, .. } => *end,
@@ -170,10 +170,9 @@ impl PrimaryState {
             _ => End::Solo,
         };
         self.reason = Some(reason);
-        self.phase = Phase::Arbitrating {
-            arbitration: Arbitration::begin(),
-            end,
-        };
+        let mut arbitration = Arbitration::begin();
+        arbitration.ask_again(now);
+        self.phase = Phase::Arbitrating { arbitration, end };
         out.push(Action::Disconnect);
         out.push(Action::AskArbiter {
             expected: self.generation,
