@@ -120,7 +120,7 @@ fn a_backup_asks_the_arbiter_once_it_can_become_the_vm() {
     let mut backup = lagging_backup();
     assert_eq!(backup.step(lost(), ms(2)), [backup::Action::Disconnect]);
     assert!(backup.step(backup::Event::Tick { heard: ms(2) }, ms(3)).is_empty());
-    assert_eq!(backup.step(backup::Event::Applied { epoch: 1 }, ms(4)), [ask.clone()]);
+    assert_eq!(backup.step(backup::Event::Applied { epoch: 1 }, ms(4)), [ask]);
     assert_eq!(
         backup.step(backup::Event::Arbiter(Answer::Won), ms(5)),
         [backup::Action::Activate(1)]

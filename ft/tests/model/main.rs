@@ -10,12 +10,15 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod heal;
 mod pair;
+mod step;
 
 use std::time::Instant;
 
-use pair::{Budget, Pair, Step};
+use pair::Pair;
 use stateright::{Checker, Expectation, Model, Property};
+use step::{Budget, Step};
 
 /// What is tried.
 #[derive(Clone, Debug)]

@@ -9,80 +9,17 @@ use ft::core::pacing::Limits;
 use ft::core::primary::{self, FromBackup, PrimaryState, ToBackup};
 use ft::core::{Nanos, ms};
 
+use crate::step::{Budget, Message, Step};
+
 /// The silence that counts as death is this many ticks; both sides look at the clock at each.
 const TIMEOUT: u64 = 8;
 const TICK: Nanos = ms(500) / TIMEOUT;
 /// A step of the clock. Three of them are more than the timeout, two are as long as the primary's lease.
-const TICKS: u64 = 3;
+pub const TICKS: u64 = 3;
 
 /// Index of the primary and of the backup: of processes, and of the direction in which they send.
 pub const P: usize = 0;
 pub const B: usize = 1;
-
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub enum Message {
-    Heartbeat,
-    /// An epoch and its end marker.
-    Epoch(u64),
-    ToBackup(ToBackup),
-    FromBackup(FromBackup),
-    /// The end of the stream.
-    End,
-}
-
-/// How often what may go wrong, or is done by operators.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub struct Budget {
-    pub crashes: u8,
-    pub power_cuts: u8,
-    pub damages: u8,
-    pub resets: u8,
-    /// Questions that do not reach the arbiter, or whose answers are lost.
-    pub unanswered: u8,
-    pub stops: u8,
-    pub disks: u8,
-    pub activations: u8,
-    pub failovers: u8,
-    pub disables: u8,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Step {
-    /// Time passes for all.
-    Clock,
-    /// The next message of this direction arrives.
-    Deliver(usize),
-    /// The checkpoint is taken.
-    Taken,
-    /// Outputs that are on their way leave.
-    Leave,
-    /// The oldest epoch is applied.
-    Applied,
-    ApplyFails,
-    Activated,
-    ActivationFails,
-    /// The question of this side reaches the arbiter, whose answer is on its way back.
-    Answers(usize),
-    /// It does not.
-    Unreachable(usize),
-    /// It does, and the answer is lost.
-    AnswerLost(usize),
-    /// The answer arrives.
-    Hears(usize),
-    /// A process ends, and its kernel closes the connection.
-    Crash(usize),
-    /// A host ends, and nobody closes anything.
-    PowerCut(usize),
-    /// The next message of this direction is damaged.
-    Damage(usize),
-    /// The connection breaks for both, with what is under way.
-    Reset,
-    /// A process is stopped.
-    Stop(usize),
-    Continue(usize),
-    Failover,
-    Disable,
-}
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Pair {
@@ -92,32 +29,32 @@ pub struct Pair {
     pub up: [bool; 2],
     pub stopped: [bool; 2],
     /// What is under way, with its stamp.
-    wires: [VecDeque<(Nanos, Message)>; 2],
+    pub wires: [VecDeque<(Nanos, Message)>; 2],
     /// Whether a side has not closed its end.
-    open: [bool; 2],
-    heard: [Nanos; 2],
-    echo: Nanos,
-    taking: bool,
+    pub open: [bool; 2],
+    pub heard: [Nanos; 2],
+    pub echo: Nanos,
+    pub taking: bool,
     /// Epochs up to this one are leaving; up to that one they have left.
-    leaving: Option<u64>,
-    left: u64,
-    applying: VecDeque<u64>,
-    activating: Option<u64>,
-    whole: u64,
-    questions: [Option<u64>; 2],
-    answers: [Option<Answer>; 2],
-    winners: [Option<usize>; 3],
+    pub leaving: Option<u64>,
+    pub left: u64,
+    pub applying: VecDeque<u64>,
+    pub activating: Option<u64>,
+    pub whole: u64,
+    pub questions: [Option<u64>; 2],
+    pub answers: [Option<Answer>; 2],
+    pub winners: [Option<usize>; 3],
     /// The primary runs the VM without FT, or does not run it any more.
     pub alone: bool,
     pub halted: bool,
     pub live: bool,
     /// The backup can never become the VM, and the primary may know.
-    out: bool,
+    pub out: bool,
     /// It asked the arbiter when the primary's lease must have ended.
-    unhurried: bool,
-    activation_failed: bool,
+    pub unhurried: bool,
+    pub activation_failed: bool,
     /// The primary, which had offered the VM, was told so.
-    told: bool,
+    pub told: bool,
     pub budget: Budget,
     /// A rule that is broken.
     pub broken: Option<&'static str>,
@@ -535,45 +472,6 @@ impl Pair {
         } else {
             Answer::Lost { winner: "other".into() }
         });
-    }
-
-    /// Whether exactly one runs the VM, or nobody can; `None`: not yet decided.
-    pub fn decided(&self) -> Option<bool> {
-        let (p, b) = (self.p.status().state, self.b.status().state);
-        let pair = self.up == [true; 2] && (p, b) == (FtState::Protected, FtState::Protected) && !self.p.hands_over();
-        if pair || self.live != self.alone {
-            return Some(true);
-        }
-        let waits = (self.up[P] && !self.p.is_over()) || (self.up[B] && self.b.is_armed());
-        if waits {
-            return None;
-        }
-        let cannot = !self.up[B] || self.activation_failed;
-        let lost = self.winners[1] == Some(P);
-        // The primary stopped, or crashed, for good: the backup must be unable to go on, too.
-        Some(if self.up[P] {
-            self.winners[1] == Some(B) && cannot && !self.told
-        } else {
-            cannot || lost || self.out || self.whole == 0
-        })
-    }
-
-    /// Faults end and the arbiter answers: whether that decides who goes on within `limit` steps of the clock.
-    pub fn heals(mut self, limit: u64) -> bool {
-        self.budget = Budget::default();
-        self.stopped = [false; 2];
-        let end = self.now / TICKS + limit;
-        loop {
-            if let Some(well) = self.decided() {
-                return well;
-            }
-            let steps = self.steps(end);
-            // All that needs no time happens first.
-            let Some(step) = steps.iter().find(|step| **step != Step::Clock).or(steps.first()) else {
-                return false;
-            };
-            self.take(*step, 0);
-        }
     }
 }
 
