@@ -6,7 +6,7 @@
 //! that can be reached: the rules R1, R2 and R4, and that exactly one side goes on, in time, if nothing more goes wrong
 //! from then on and the arbiter answers ([`Pair::heals`]).
 //!
-//! `FT_MODEL=large` raises the bounds: minutes, and some GiB.
+//! `FT_MODEL=large` raises the bounds: minutes.
 
 #![allow(clippy::unwrap_used)]
 
