@@ -137,7 +137,7 @@ impl Default for FtLimits {
     fn default() -> Self {
         Self {
             max_epoch_ms: 100,
-            min_epoch_us: 500,
+            min_epoch_us: 200,
             max_epoch_mib: 64,
             max_lag_mib: 512,
             heartbeat_ms: 50,

@@ -100,7 +100,7 @@ pub enum FtCommand {
     Failover,
     /// Change limits while the VM is protected; without settings, show them
     Config {
-        /// Limits as KEY=VALUE: max_epoch_ms (1-10000, default 100): longest epoch; min_epoch_us (0-1000000, 500):
+        /// Limits as KEY=VALUE: max_epoch_ms (1-10000, default 100): longest epoch; min_epoch_us (0-1000000, 200):
         /// shortest epoch; max_epoch_mib (1-65536, 64): data that ends an epoch; max_lag_mib (512): data not yet
         /// committed, beyond half of which the guest is slowed down; heartbeat_ms (5-10000, 50);
         /// heartbeat_timeout_ms (500, at least 3 heartbeats): silence after which the peer counts as dead;
