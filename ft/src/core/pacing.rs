@@ -119,13 +119,13 @@ mod tests {
     fn output_size_or_time_end_an_epoch() {
         let mut pacing = Pacing::new(1000);
         assert_eq!(pacing.ends_at(&limits(), false, 0), 1000 + ms(100));
-        assert_eq!(pacing.ends_at(&limits(), true, 0), 1000 + 500_000);
+        assert_eq!(pacing.ends_at(&limits(), true, 0), 1000 + 200_000);
         assert_eq!(pacing.ends_at(&limits(), false, 64 << 20), 1000);
         // 64 MiB in 20 ms: the next such epoch ends in about 40 ms, for the rate is a mean with the idle time before.
         pacing.next(64 << 20, 1000 + ms(20));
         let ends = pacing.ends_at(&limits(), false, 0) - 1000 - ms(20);
         assert!((ms(39)..=ms(41)).contains(&ends), "{ends}");
-        assert!(pacing.ends_at(&limits(), false, (64 << 20) - 1) >= 1000 + ms(20) + 500_000);
+        assert!(pacing.ends_at(&limits(), false, (64 << 20) - 1) >= 1000 + ms(20) + 200_000);
     }
 
     #[test]
