@@ -190,17 +190,7 @@ impl Arbiter for FileArbiter {
         }
         // Again: it may have been unmounted in between.
         self.is_ours()?;
-        let now = Register {
-            generation: next,
-            winner: Some(winner.clone()),
-        };
-        let before = before.filter(|before| before.generation <= next);
-        self.memory.saw(&place, vm_id, before.as_ref(), &now)?;
-        Ok(if winner == node {
-            Verdict::Won
-        } else {
-            Verdict::Lost { winner }
-        })
+        self.memory.decided(&place, vm_id, before.as_ref(), next, winner, node)
     }
 
     fn read(&self, vm_id: &str) -> Result<Register, ArbiterError> {

@@ -4,7 +4,7 @@
 use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use super::{ArbiterError, Register};
+use super::{ArbiterError, Register, Verdict};
 
 #[derive(Debug, Default)]
 struct Seen {
@@ -69,6 +69,30 @@ impl Memory {
             *newest = now.clone();
         }
         Ok(())
+    }
+
+    /// The store shows that `generation` is `winner`'s, after `before` was seen: the verdict for `node`.
+    pub fn decided(
+        &self,
+        place: &str,
+        vm_id: &str,
+        before: Option<&Register>,
+        generation: u64,
+        winner: String,
+        node: &str,
+    ) -> Result<Verdict, ArbiterError> {
+        let now = Register {
+            generation,
+            winner: Some(winner.clone()),
+        };
+        // A late contender asks for a generation that was left behind.
+        let before = before.filter(|before| before.generation <= generation);
+        self.saw(place, vm_id, before, &now)?;
+        Ok(if winner == node {
+            Verdict::Won
+        } else {
+            Verdict::Lost { winner }
+        })
     }
 }
 

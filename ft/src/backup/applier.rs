@@ -84,13 +84,10 @@ fn apply(session: &Session, shadow: &mut dyn Shadow, epoch: u64, staged: &Staged
         }
     }
     write_zeroes(shadow, &staged.zero)?;
-    let flush = |change: &DiskChange| *change == DiskChange::Flush;
-    for (disk, change) in staged
-        .disk
-        .iter()
-        .filter(|(_, change)| session.on_disk() || !flush(change))
-    {
-        shadow.apply_disk(*disk, change)?;
+    for (disk, change) in &staged.disk {
+        if session.on_disk() || *change != DiskChange::Flush {
+            shadow.apply_disk(*disk, change)?;
+        }
     }
     if epoch == 1 && session.on_disk() {
         let disks = session.hello.identity.disks.iter().enumerate();

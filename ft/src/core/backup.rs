@@ -1,8 +1,9 @@
 //! The backup's side of the protocol.
 //!
 //! An epoch that is staged whole counts: at a loss of the primary the backup becomes the VM as it was at the end of the
-//! last such epoch (R2), after a win of the arbiter (R4), for which it asks once that epoch is applied. The acknowledgement may come later than that: when applying lags
-//! behind, which bounds what is staged, and when the epoch must be on disk first (R5).
+//! last such epoch (R2), after a win of the arbiter (R4), for which it asks once that epoch is applied. The
+//! acknowledgement may come later than that: when applying lags behind, which bounds what is staged, and when the epoch
+//! must be on disk first (R5).
 
 use std::collections::VecDeque;
 

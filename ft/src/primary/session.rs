@@ -6,7 +6,7 @@
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use sandbox::ThreadKind;
 
@@ -111,7 +111,7 @@ pub struct Session {
     pub(super) mailbox: Mutex<Mailbox>,
     /// Wakes the controller.
     changed: Condvar,
-    /// Wakes everybody who waits for the end.
+    /// Wakes everybody who waits for the end, or for the backup's last word.
     ended: Condvar,
     /// Outputs leave in order: whoever takes them out of the interposer holds this until they have left.
     pub(super) releasing: Mutex<()>,
@@ -376,14 +376,16 @@ impl Session {
     pub(super) fn receive(self: &Arc<Self>, reader: FrameReader<Stream>) {
         self.receive_all(reader);
         self.received_all.store(true, Ordering::SeqCst);
+        // With the lock, so that nobody misses it between looking and sleeping.
+        drop(lock(&self.mailbox));
+        self.ended.notify_all();
     }
 
     /// A backup that leaves says why before it hangs up. Whoever fails to write to it lets the receiver hear that.
     pub(super) fn hear_last_word(&self) {
-        let end = Instant::now() + LAST_WORD;
-        while !self.received_all.load(Ordering::SeqCst) && Instant::now() < end && !self.quit.load(Ordering::SeqCst) {
-            std::thread::sleep(Duration::from_millis(1));
-        }
+        let mailbox = lock(&self.mailbox);
+        let waits = |_: &mut Mailbox| !self.received_all.load(Ordering::SeqCst) && !self.quit.load(Ordering::SeqCst);
+        drop(self.ended.wait_timeout_while(mailbox, LAST_WORD, waits));
     }
 
     fn receive_all(self: &Arc<Self>, mut reader: FrameReader<Stream>) {

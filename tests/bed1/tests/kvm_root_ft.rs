@@ -63,35 +63,35 @@ fn kvm_root_primaries_killed_under_each_load() -> Result<()> {
     Ok(())
 }
 
-#[test]
-fn kvm_root_primaries_killed_over_tls_with_flushes_on_both_disks() -> Result<()> {
-    let mut bed = Bed::new(Options {
-        tls: true,
-        durability: "disk-of-both",
-        ..Options::default()
-    })?;
+/// Kills two primaries under all loads, each some time after the VM was protected.
+fn two_primaries_killed(options: Options, seed: u64, delay: Duration) -> Result<()> {
+    let mut bed = Bed::new(options)?;
     let mut results = Results::default();
-    let mut chain = Chain::start(&mut bed, &loads::Options::everything(6), &mut results)?;
+    let mut chain = Chain::start(&mut bed, &loads::Options::everything(seed), &mut results)?;
     for _ in 0..2 {
-        chain.round(Victim::Primary, ms(500))?;
+        chain.round(Victim::Primary, delay)?;
         chain.protect_again()?;
     }
     chain.end()
 }
 
 #[test]
+fn kvm_root_primaries_killed_over_tls_with_flushes_on_both_disks() -> Result<()> {
+    let options = Options {
+        tls: true,
+        durability: "disk-of-both",
+        ..Options::default()
+    };
+    two_primaries_killed(options, 6, ms(500))
+}
+
+#[test]
 fn kvm_root_one_vcpu_takeover() -> Result<()> {
-    let mut bed = Bed::new(Options {
+    let options = Options {
         vcpus: 1,
         ..Options::default()
-    })?;
-    let mut results = Results::default();
-    let mut chain = Chain::start(&mut bed, &loads::Options::everything(5), &mut results)?;
-    for _ in 0..2 {
-        chain.round(Victim::Primary, ms(300))?;
-        chain.protect_again()?;
-    }
-    chain.end()
+    };
+    two_primaries_killed(options, 5, ms(300))
 }
 
 #[test]

@@ -87,6 +87,7 @@ struct Met {
     id: String,
     /// What its key holds.
     record: String,
+    cluster: u64,
     /// No later answer may be older.
     floor: i64,
 }
@@ -154,6 +155,7 @@ impl Store {
         Ok(Met {
             id,
             record,
+            cluster,
             floor: revision,
         })
     }
@@ -264,7 +266,7 @@ impl Store {
         let place = format!("register of {vm_id} in {}", self.place);
         let done = client.txn(self.raise(&met, question)).await?;
         let (cluster, _) = self.header(done.header(), met.floor)?;
-        if !met.id.ends_with(&format!("-{cluster:016x}")) {
+        if cluster != met.cluster {
             return Err(corrupt(&self.place, "another cluster answered").into());
         }
         let winner = if done.succeeded() {
@@ -290,17 +292,8 @@ impl Store {
                 }
             }
         };
-        let now = Register {
-            generation: *next,
-            winner: Some(winner.clone()),
-        };
-        let before = before.as_ref().filter(|before| before.generation <= *next);
-        self.memory.saw(&place, vm_id, before, &now)?;
-        Ok(if winner == *node {
-            Verdict::Won
-        } else {
-            Verdict::Lost { winner }
-        })
+        let before = before.as_ref();
+        Ok(self.memory.decided(&place, vm_id, before, *next, winner, node)?)
     }
 }
 
