@@ -11,6 +11,7 @@
 //! | --- | --- |
 //! | [`cleanup`] | what must be gone when the program ends, also by a signal |
 //! | [`netns`] | the network; a [`load::dial::Dial`] from the client's namespace |
+//! | [`only`] | `--only` and `--list` of a program |
 //! | [`process`], [`http`] | one VMM process and its API |
 //! | [`pair`] | [`pair::Bed`]: hosts with disks and the arbiter; boot, backup, protect |
 //! | [`loads`] | every load at once, and the checks of what it saw |
@@ -30,6 +31,7 @@ pub mod failover;
 pub mod http;
 pub mod loads;
 pub mod netns;
+pub mod only;
 pub mod pair;
 pub mod process;
 pub mod proxied;

@@ -159,6 +159,7 @@ impl Bed {
             .args(["--json", "ft", "make-certs", "--out"])
             .arg(out)
             .args(hosts)
+            .stdout(std::process::Stdio::null())
             .status()?;
         anyhow::ensure!(status.success(), "ch-remote ft make-certs: {status}");
         Ok(())

@@ -7,23 +7,19 @@ mod suite;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
+use bed1::only::Only;
 use bed1::report::Table;
 use clap::Parser;
 use serde_json::json;
 
 use measure::Outcome;
-use suite::Workload;
 
 /// Measures what FT costs, and what it does, by load.
 #[derive(Parser)]
 struct Args {
-    /// Only these loads (see --list).
-    #[arg(long, value_delimiter = ',')]
-    only: Vec<String>,
-    /// Prints the loads.
-    #[arg(long)]
-    list: bool,
+    #[command(flatten)]
+    only: Only,
     /// Times that FT is off and on for each load.
     #[arg(long, default_value_t = 3)]
     rounds: u32,
@@ -59,24 +55,21 @@ fn main() -> ExitCode {
 
 fn run(args: &Args) -> Result<()> {
     let all = suite::all();
-    if args.list {
+    if args.only.list {
         for load in &all {
             println!("{:20} {}", load.name, load.what);
         }
         return Ok(());
     }
-    if let Some(unknown) = args.only.iter().find(|name| all.iter().all(|load| load.name != **name)) {
-        bail!("there is no load `{unknown}`: see --list");
-    }
-    let chosen = |load: &&Workload| args.only.is_empty() || args.only.iter().any(|name| name == load.name);
+    args.only.check("load", all.iter().map(|load| load.name))?;
     let mut outcomes = Vec::new();
-    for load in all.iter().filter(chosen) {
+    for load in all.iter().filter(|load| args.only.has(load.name)) {
         eprintln!("==> {}: {}", load.name, load.what);
         let outcome = measure::run(load, args).with_context(|| load.name)?;
         println!("{}\n{}", load.name, outcome.table());
         outcomes.push(outcome);
     }
-    let gaps = if args.failovers > 0 && args.only.is_empty() {
+    let gaps = if args.failovers > 0 && args.only.everything() {
         eprintln!("==> failovers");
         let gaps = measure::gaps(args.failovers)?;
         let mut table = Table::default();

@@ -6,19 +6,16 @@ mod cycles;
 use std::process::ExitCode;
 use std::time::Instant;
 
-use anyhow::{Result, bail};
+use anyhow::Result;
+use bed1::only::Only;
 use clap::Parser;
 use serde_json::json;
 
 /// Tries faults on a protected VM under load and checks that at most one side runs it and that nothing is lost.
 #[derive(Parser)]
 struct Args {
-    /// Only these faults (see --list).
-    #[arg(long, value_delimiter = ',')]
-    only: Vec<String>,
-    /// Prints the faults and what must happen.
-    #[arg(long)]
-    list: bool,
+    #[command(flatten)]
+    only: Only,
     /// Cycles of enabling and disabling FT.
     #[arg(long, default_value_t = 50)]
     cycles: u32,
@@ -63,25 +60,20 @@ fn main() -> ExitCode {
 
 fn run(args: &Args) -> Result<u32> {
     let all: Vec<Case> = cases::all().into_iter().chain(cycles::all()).collect();
-    if args.list {
+    if args.only.list {
         for case in &all {
             println!("{:28} {}", case.name, case.must);
         }
         return Ok(0);
     }
-    if let Some(unknown) = args.only.iter().find(|name| all.iter().all(|case| case.name != **name)) {
-        bail!("there is no fault `{unknown}`: see --list");
-    }
+    args.only.check("fault", all.iter().map(|case| case.name))?;
     let counts = Counts {
         cycles: args.cycles,
         failovers: args.failovers,
     };
     let mut failed = 0;
     let mut rows = Vec::new();
-    for case in all
-        .iter()
-        .filter(|case| args.only.is_empty() || args.only.iter().any(|name| name == case.name))
-    {
+    for case in all.iter().filter(|case| args.only.has(case.name)) {
         let start = Instant::now();
         let outcome = (case.run)(&counts);
         let seconds = start.elapsed().as_secs_f64();
