@@ -23,7 +23,7 @@
 //! | [`qemu`] | the same guest under QEMU |
 //! | [`report`] | tables |
 //!
-//! Programs: `demo`, `campaign` and `faults`. Everything needs root and /dev/kvm.
+//! Programs: `demo`, `campaign`, `faults` and `bench`. Everything needs root and /dev/kvm.
 
 pub mod chain;
 pub mod cleanup;
