@@ -95,6 +95,9 @@ fn apply(session: &Session, shadow: &mut dyn Shadow, epoch: u64, staged: &Staged
             shadow.apply_disk(disk as u16, &DiskChange::Flush)?;
         }
     }
+    if epoch == 1 {
+        shadow.synced(&session.id());
+    }
     audit::compare(shadow, &staged.audit)
 }
 
@@ -146,7 +149,7 @@ pub(super) fn run(session: &Arc<Session>, jobs: &crossbeam_channel::Receiver<Job
         }
     }
     if let Some(shadow) = lock(&session.shadow).take() {
-        shadow.discard();
+        shadow.discard(session.closes_disks());
     }
 }
 
@@ -156,7 +159,7 @@ fn activate(session: &Session, epoch: u64) -> Result<(), MachineError> {
     let inputs = lock(&session.staging).take_uncommitted_inputs(epoch);
     let taken = lock(&session.checkpoints).take(epoch, session.released(), session.clock.now());
     let Some((state, elapsed, outputs)) = taken else {
-        shadow.discard();
+        shadow.discard(false);
         return Err(missing());
     };
     log::info!(

@@ -77,6 +77,7 @@ impl Controller {
             dirty_bytes: bytes as u64,
         });
         self.perform_first(&Action::Resume);
+        session.confirm(cut.epoch + 1);
         let pause = begin.elapsed();
         {
             let mut metrics = lock(&session.metrics);

@@ -136,15 +136,18 @@ pub(super) fn connect(
         .map_err(|e| failed(e.to_string()))?;
     let mut reader = FrameReader::new(stream);
     let (_, answer) = reader.next(&mut || ()).map_err(|e| failed(e.to_string()))?;
-    match answer {
-        Frame::Accept(backup) => log::info!("ft: backup {backup} at {} accepted", config.peer),
+    let copies = match answer {
+        Frame::Accept(accept) => {
+            log::info!("ft: backup {} at {} accepted", accept.node, config.peer);
+            accept.copies
+        }
         Frame::Refuse(refusal) => return Err(refusal.into()),
         other => {
             return Err(failed(
                 format!("it answered with {other:?}").chars().take(200).collect(),
             ));
         }
-    }
+    };
     drop(mark);
     let stream = reader.get_ref();
     let timeouts = stream.set_write_timeout(None).and(stream.set_read_timeout(None));
@@ -159,6 +162,7 @@ pub(super) fn connect(
         transport,
         generation,
         durability: config.durability,
+        copies,
         limits: config.limits,
         outbox,
         clock,

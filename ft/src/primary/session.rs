@@ -12,10 +12,11 @@ use sandbox::ThreadKind;
 
 use crate::arbiter::{Arbiter, Verdict};
 use crate::config::{FtDurability, FtInfo, FtLimits, FtRole, FtState};
+use crate::copies::{CopyClaim, SessionId};
 use crate::core::arbitration::Answer;
 use crate::core::primary::{Action, Event, FromBackup, PrimaryState, ToBackup};
 use crate::core::{MAX_IN_FLIGHT, Nanos};
-use crate::event::{EventSink, Status, announce};
+use crate::event::{EventSink, FtEvent, Status, announce};
 use crate::interposer::{Interposer, LogSink};
 use crate::machine::{DiskChange, Identity, Protected};
 use crate::outbox::{Clock, Outbox};
@@ -45,6 +46,8 @@ pub struct SessionParts {
     pub(super) transport: String,
     pub(super) durability: FtDurability,
     pub(super) generation: u64,
+    /// What the backup's copies of the disks are.
+    pub(super) copies: Vec<CopyClaim>,
     pub(super) limits: FtLimits,
     pub(super) outbox: Outbox,
     pub(super) clock: Clock,
@@ -98,6 +101,9 @@ pub struct Session {
     peer: String,
     transport: String,
     durability: FtDurability,
+    /// This session, in the history of the disks.
+    pub(super) id: SessionId,
+    pub(super) copies: Vec<CopyClaim>,
     pub(super) core: Mutex<PrimaryState>,
     announced: Mutex<Option<Status>>,
     /// The VM was stopped for good. Only then the state says so: whoever reads `stopped` may count on it (R4).
@@ -108,6 +114,8 @@ pub struct Session {
     pub(super) interposer: Arc<Interposer>,
     pub(super) clock: Clock,
     heard: AtomicU64,
+    /// The last epoch that the backup applied, as far as it told.
+    applied: AtomicU64,
     pub(super) mailbox: Mutex<Mailbox>,
     /// Wakes the controller.
     changed: Condvar,
@@ -146,10 +154,15 @@ impl Session {
                 identity: parts.identity,
                 arbiter: parts.arbiter,
                 arbiter_description: parts.arbiter_description,
+                id: SessionId {
+                    name: parts.node.clone(),
+                    generation: parts.generation,
+                },
                 node: parts.node,
                 peer: parts.peer,
                 transport: parts.transport,
                 durability: parts.durability,
+                copies: parts.copies,
                 core: Mutex::new(core),
                 announced: Mutex::new(None),
                 stopped: AtomicBool::new(false),
@@ -159,6 +172,7 @@ impl Session {
                 interposer,
                 clock: parts.clock,
                 heard: AtomicU64::new(now),
+                applied: AtomicU64::new(0),
                 mailbox: Mutex::default(),
                 changed: Condvar::new(),
                 ended: Condvar::new(),
@@ -352,6 +366,32 @@ impl Session {
         }
     }
 
+    /// What is copied of a disk at first, and why all of it.
+    pub(super) fn tell_copy(&self, disk: &str, copied: u64, skipped: u64, reason: String) {
+        let why = if reason.is_empty() { "" } else { ": " };
+        log::info!("ft: disk {disk}: {copied} bytes to copy, {skipped} are there already{why}{reason}");
+        let mut properties = vec![
+            ("disk".to_string(), disk.to_string()),
+            ("copied".to_string(), copied.to_string()),
+            ("skipped".to_string(), skipped.to_string()),
+        ];
+        if !reason.is_empty() {
+            properties.push(("reason".to_string(), reason));
+        }
+        (self.events)(FtEvent {
+            event: "disk_copy",
+            properties,
+        });
+    }
+
+    /// Lets the machine forget which blocks of its disks were changed in epochs that the backup has applied. While epoch
+    /// `running` runs, from the thread that ends it.
+    pub(super) fn confirm(&self, running: u64) {
+        let committed = lock(&self.core).committed();
+        self.machine
+            .confirm(self.applied.load(Ordering::Acquire).min(committed), running);
+    }
+
     fn ask(self: &Arc<Self>, expected: u64) {
         // This side stops; a win would keep the other from going on.
         if self.quit.load(Ordering::SeqCst) {
@@ -395,6 +435,7 @@ impl Session {
                 Ok(got) => got,
                 Err(e) => return self.feed(Event::PeerLost(format!("log channel: {e}"))),
             };
+            self.applied.fetch_max(envelope.mark, Ordering::AcqRel);
             let message = match frame {
                 Frame::Heartbeat => FromBackup::Heartbeat,
                 Frame::Ack(epoch) => FromBackup::Ack(epoch),

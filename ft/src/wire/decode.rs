@@ -233,7 +233,7 @@ pub fn decode(kind: u8, flags: u8, payload: Vec<u8>) -> Result<Frame, DecodeErro
                 .map_err(|_| bad("hello", "a limit is out of range"))?;
             Ok(Frame::Hello(Box::new(hello)))
         }
-        Kind::Accept => owned("accept", &payload).map(Frame::Accept),
+        Kind::Accept => owned("accept", &payload).map(|accept| Frame::Accept(Box::new(accept))),
         Kind::Refuse => owned("refuse", &payload).map(Frame::Refuse),
         Kind::Pages => pages(flags, payload),
         Kind::ZeroPages => {

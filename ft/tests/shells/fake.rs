@@ -4,8 +4,11 @@ use std::collections::BTreeSet;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 
+use ft::copies::{CopyClaim, Divergence, SessionId};
 use ft::interposer::Interposer;
 use ft::machine::*;
+
+use crate::image::{Image, ShadowImage};
 
 pub const PAGE: usize = PAGE_SIZE;
 pub const BLOCK: u64 = 4096;
@@ -42,6 +45,8 @@ pub struct FakeVm {
     pub tracking: Mutex<bool>,
     pub fail_save: Mutex<Option<String>>,
     pub throttled: Mutex<Vec<u8>>,
+    /// The image of disk 0, if it has one.
+    pub image: Mutex<Option<Image>>,
     /// How long each call of `release` takes after its outputs left.
     pub slow_release: Mutex<Duration>,
 }
@@ -105,6 +110,7 @@ impl FakeVm {
             tracking: Mutex::new(false),
             fail_save: Mutex::default(),
             throttled: Mutex::default(),
+            image: Mutex::default(),
             slow_release: Mutex::default(),
         })
     }
@@ -203,6 +209,10 @@ impl FakeVm {
 
     pub fn write_disk(&self, offset: u64, data: &[u8]) -> bool {
         self.run(|vm| {
+            vm.change_image(&DiskChange::Write {
+                offset,
+                data: data.to_vec(),
+            });
             lock(&vm.contents).disks[0][offset as usize..][..data.len()].copy_from_slice(data);
             match lock(&vm.interposer).clone() {
                 Some(i) => i.log_disk(
@@ -221,6 +231,12 @@ impl FakeVm {
         .is_some()
     }
 
+    fn change_image(&self, change: &DiskChange) {
+        if let Some(image) = &*lock(&self.image) {
+            image.change(change);
+        }
+    }
+
     /// The guest flushes its disk, and tells the world.
     pub fn flush_and_send(&self) {
         let flushed = self.run(|vm| {
@@ -235,6 +251,8 @@ impl FakeVm {
 
     pub fn zero_disk(&self, offset: u64, len: u64) {
         self.run(|vm| {
+            let unmap = true;
+            vm.change_image(&DiskChange::Zero { offset, len, unmap });
             lock(&vm.contents).disks[0][offset as usize..][..len as usize].fill(0);
             match lock(&vm.interposer).clone() {
                 Some(i) => i.log_disk(
@@ -344,8 +362,11 @@ impl Protected for FakeVm {
         Ok(())
     }
 
-    fn attach(&self, interposer: Arc<Interposer>) -> Result<(), MachineError> {
+    fn attach(&self, interposer: Arc<Interposer>, session: &SessionId) -> Result<(), MachineError> {
         assert!(self.is_paused());
+        if let Some(image) = &*lock(&self.image) {
+            image.history.begin(session);
+        }
         assert!(lock(&self.interposer).replace(interposer).is_none());
         Ok(())
     }
@@ -353,7 +374,32 @@ impl Protected for FakeVm {
     fn detach(&self) -> Result<(), MachineError> {
         assert!(self.is_paused());
         assert!(lock(&self.interposer).take().is_some());
+        if let Some(image) = &*lock(&self.image) {
+            image.history.go_alone();
+        }
         Ok(())
+    }
+
+    fn divergence(&self, disk: u16) -> Option<Divergence> {
+        assert_eq!(disk, 0);
+        lock(&self.image).as_ref()?.history.divergence()
+    }
+
+    fn refute(&self, _disk: u16) {
+        lock(&self.image).as_ref().unwrap().history.refute();
+    }
+
+    fn confirm(&self, applied: u64, running: u64) {
+        if let Some(image) = &*lock(&self.image) {
+            image.history.confirm(applied, running);
+        }
+    }
+
+    fn close_disks(&self) {
+        assert!(self.stop_reason().is_some());
+        if let Some(image) = &*lock(&self.image) {
+            image.close();
+        }
     }
 
     fn release(&self, outputs: Vec<Output>) {
@@ -379,6 +425,8 @@ pub struct FakeHost {
     pub identity: Mutex<Option<Identity>>,
     /// Its disk's content before.
     pub old_disk: Mutex<u8>,
+    /// The image of its disk, which has that content then.
+    pub image: Mutex<Option<std::path::PathBuf>>,
     pub live: Mutex<Vec<Arc<FakeVm>>>,
     pub discarded: Mutex<u32>,
     pub fail_activation: Mutex<bool>,
@@ -393,6 +441,7 @@ impl FakeHost {
         Arc::new(Self {
             identity: Mutex::default(),
             old_disk: Mutex::new(0xdd),
+            image: Mutex::default(),
             live: Mutex::default(),
             discarded: Mutex::default(),
             fail_activation: Mutex::default(),
@@ -415,7 +464,13 @@ impl ShadowHost for HostRef {
         let identity = lock(&self.0.identity).clone().unwrap_or_else(|| offered.clone());
         let vm = FakeVm::new(identity);
         lock(&vm.contents).disks[0].fill(*lock(&self.0.old_disk));
+        let open = |path: &std::path::PathBuf| {
+            let bytes = &mut lock(&vm.contents).disks[0];
+            ShadowImage::open(path, &vm.identity, bytes)
+        };
+        let image = lock(&self.0.image).as_ref().map(open);
         Ok(Box::new(FakeShadow {
+            image,
             vm,
             host: self.0.clone(),
         }))
@@ -423,6 +478,7 @@ impl ShadowHost for HostRef {
 }
 
 struct FakeShadow {
+    image: Option<ShadowImage>,
     vm: Arc<FakeVm>,
     host: Arc<FakeHost>,
 }
@@ -430,6 +486,14 @@ struct FakeShadow {
 impl Shadow for FakeShadow {
     fn identity(&self) -> Identity {
         self.vm.identity.clone()
+    }
+
+    fn claims(&mut self) -> Vec<CopyClaim> {
+        self.image.iter_mut().map(ShadowImage::claim).collect()
+    }
+
+    fn synced(&mut self, session: &SessionId) {
+        self.image.iter_mut().for_each(|image| image.synced(session));
     }
 
     fn write_memory(&mut self, gpa: u64, data: &[u8]) -> Result<(), MachineError> {
@@ -447,6 +511,9 @@ impl Shadow for FakeShadow {
         std::thread::sleep(*lock(&self.host.slow_apply));
         if *lock(&self.host.fail_apply) {
             return Err(MachineError("the backup's disk is full".into()));
+        }
+        if let Some(image) = &mut self.image {
+            image.change(change);
         }
         let mut contents = lock(&self.vm.contents);
         let bytes = &mut contents.disks[usize::from(disk)];
@@ -466,11 +533,15 @@ impl Shadow for FakeShadow {
         *lock(&self.vm.wire) = takeover.outputs;
         *lock(&self.vm.replayed) = takeover.inputs;
         assert!(takeover.elapsed < Duration::from_secs(60));
+        *lock(&self.vm.image) = self.image.map(|image| image.take_over(&self.vm.identity));
         lock(&self.host.live).push(self.vm.clone());
         Ok(self.vm)
     }
 
-    fn discard(self: Box<Self>) {
+    fn discard(mut self: Box<Self>, close_disks: bool) {
+        if let (Some(image), true) = (&mut self.image, close_disks) {
+            image.close();
+        }
         *lock(&self.host.discarded) += 1;
     }
 }

@@ -8,9 +8,11 @@ mod bed;
 #[allow(dead_code)]
 mod cluster;
 mod cycles;
+mod delta;
 #[cfg(feature = "etcd")]
 mod etcd;
 mod fake;
+mod image;
 mod loss;
 mod normal;
 mod refusal;

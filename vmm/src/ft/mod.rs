@@ -1,20 +1,21 @@
 //! Fault tolerance on this VMM: the [`Plugin`] that serves `vm.ft-*` and keeps the one FT session.
 //!
 //! * [`protected`]: the running VM as FT sees it; [`shadow`]: the backup's side; [`backends`], [`blocks`]: the interposer at
-//!   the devices; [`consoles`]: where a shadow's consoles go.
+//!   the devices; [`consoles`]: where a shadow's consoles go; [`histories`]: what of the disks need not be copied again.
 //!
 //! Lock order: `changing`, `session`, then FT's and the VM's own locks. FT's threads never take the first two.
 
 mod backends;
 mod blocks;
 mod consoles;
+mod histories;
 mod protected;
 mod shadow;
 
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 
-use api::{ApiError, Request, Response};
+use api::{ApiError, Request, Response, VmConfig};
 use ft::arbiter::Description;
 use ft::arbiter::description::TlsFiles;
 use ft::config::{FtEnableConfig, FtInfo, FtReceiveConfig};
@@ -25,6 +26,7 @@ use crate::interrupts::lock;
 use crate::landlock::Landlock;
 use crate::plugin::Plugin;
 use crate::vm::{Vm, VmContext};
+use histories::Kept;
 use protected::ProtectedVm;
 use shadow::{Adopt, VmShadowHost};
 
@@ -40,6 +42,7 @@ pub struct FtPlugin {
     context: VmContext,
     arbiter: Option<String>,
     adopt: Adopt,
+    kept: Kept,
     /// Held while a session is begun or ended, which may take its time.
     changing: Mutex<()>,
     session: Mutex<Session>,
@@ -61,6 +64,7 @@ impl FtPlugin {
             context,
             arbiter,
             adopt,
+            kept: Kept::default(),
             changing: Mutex::default(),
             session: Mutex::new(Session::Off),
         }
@@ -130,7 +134,8 @@ impl FtPlugin {
         if config.arbiter.is_none() {
             config.arbiter.clone_from(&self.arbiter);
         }
-        let machine = ProtectedVm::new(vm).map_err(|e| error(500, "ft_not_possible", e))?;
+        let histories = self.kept.of(&vm);
+        let machine = ProtectedVm::new(vm, histories).map_err(|e| error(500, "ft_not_possible", e))?;
         end(self.put(Session::Off));
         let primary = ft::enable(machine, config, self.events()).map_err(|e| error(e.status(), e.code(), &e))?;
         self.put(Session::Primary(Arc::new(primary)));
@@ -158,6 +163,7 @@ impl FtPlugin {
             context: self.context.clone(),
             overrides: config.clone(),
             adopt: self.adopt.clone(),
+            kept: self.kept.clone(),
         };
         let backup = ft::receive(Arc::new(host), config, self.events()).map_err(|e| error(e.status(), e.code(), &e))?;
         self.put(Session::Backup(Arc::new(backup)));
@@ -225,6 +231,7 @@ impl Plugin for FtPlugin {
                 }
                 .map_err(|e| error(e.status(), e.code(), &e))?;
                 end(self.put(Session::Off));
+                self.kept.forget();
                 Ok(Response::Empty)
             }
             Request::FtFailover => {
@@ -257,6 +264,7 @@ impl Plugin for FtPlugin {
         if ended {
             end(self.put(Session::Off));
         }
+        self.kept.forget();
     }
 
     fn vm_failed(&self, reason: &str) {
@@ -273,6 +281,10 @@ impl Plugin for FtPlugin {
     fn shutdown(&self) {
         let _changing = lock(&self.changing);
         end(self.put(Session::Off));
+    }
+
+    fn vm_begins(&self, config: &VmConfig) -> Result<(), String> {
+        histories::forget_copies(config)
     }
 
     fn refuses_vm(&self) -> Option<String> {

@@ -8,6 +8,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
+use ft::copies::{Divergence, SessionId};
 use ft::interposer::Interposer;
 use ft::machine::{DiskIdentity, Identity, MachineError, Output, PageRun, Protected, SavedState};
 use sandbox::ThreadKind;
@@ -15,6 +16,7 @@ use virtio_devices::backend::{BlockBackend, ConsoleBackend, NetBackend};
 
 use super::backends::{HeldConsole, HeldNet, Slot};
 use super::blocks::{ChangedBlocks, LoggedBlock, TrackedBlock};
+use super::histories::Histories;
 use crate::interrupts::lock;
 use crate::vm::{Holder, Vm};
 
@@ -43,6 +45,7 @@ struct DiskSide {
 pub struct ProtectedVm {
     vm: Arc<Vm>,
     disks: Vec<DiskSide>,
+    histories: Arc<Histories>,
     wraps: Mutex<Wraps>,
     throttle: Arc<Throttle>,
 }
@@ -74,8 +77,8 @@ pub(super) fn identity(vm: &Vm) -> Result<Identity, MachineError> {
 }
 
 impl ProtectedVm {
-    /// Prepares `vm` for protection; nothing is changed in it yet.
-    pub fn new(vm: Arc<Vm>) -> Result<Arc<Self>, MachineError> {
+    /// Prepares `vm` for protection; nothing is changed in it yet. `histories` are those of its disks.
+    pub fn new(vm: Arc<Vm>, histories: Arc<Histories>) -> Result<Arc<Self>, MachineError> {
         let mut disks = Vec::new();
         for disk in vm.devices().disks() {
             let file = File::open(&disk.path).map_err(|e| machine_error(format!("{}: {e}", disk.path.display())))?;
@@ -89,6 +92,7 @@ impl ProtectedVm {
         Ok(Arc::new(Self {
             vm,
             disks,
+            histories,
             wraps: Mutex::default(),
             throttle: Arc::new(Throttle(Mutex::new(ThrottleState {
                 percent: 100,
@@ -226,10 +230,12 @@ impl Protected for ProtectedVm {
         self.vm.resume(Holder::Ft).map_err(machine_error)
     }
 
-    fn attach(&self, interposer: Arc<Interposer>) -> Result<(), MachineError> {
+    fn attach(&self, interposer: Arc<Interposer>, session: &SessionId) -> Result<(), MachineError> {
         let mut wraps = lock(&self.wraps);
         let devices = self.vm.devices();
         self.unwrap_disks(&mut wraps);
+        self.histories.wrap(&self.vm);
+        self.histories.begin(session);
         for (i, disk) in devices.disks().iter().enumerate() {
             if self.disks.get(i).is_some_and(|d| d.readonly) {
                 wraps.disks.push(None);
@@ -264,6 +270,7 @@ impl Protected for ProtectedVm {
         let mut wraps = lock(&self.wraps);
         let devices = self.vm.devices();
         self.unwrap_disks(&mut wraps);
+        self.histories.go_alone();
         for (net, slot) in devices.nets().iter().zip(wraps.nets.drain(..)) {
             net.exchange(|wrapper| slot.take().unwrap_or(wrapper));
         }
@@ -273,6 +280,22 @@ impl Protected for ProtectedVm {
             }
         }
         Ok(())
+    }
+
+    fn divergence(&self, disk: u16) -> Option<Divergence> {
+        self.histories.disk(disk)?.divergence()
+    }
+
+    fn refute(&self, disk: u16) {
+        if let Some(history) = self.histories.disk(disk) {
+            history.refute();
+        }
+    }
+
+    fn confirm(&self, applied: u64, running: u64) {
+        for (_, history) in self.histories.all() {
+            history.confirm(applied, running);
+        }
     }
 
     fn release(&self, outputs: Vec<Output>) {
@@ -318,5 +341,11 @@ impl Protected for ProtectedVm {
 
     fn stop(&self, reason: &str) {
         self.vm.stop_for_good(reason);
+    }
+
+    fn close_disks(&self) {
+        for (disk, history) in self.histories.all() {
+            history.close(&self.disks[disk].file);
+        }
     }
 }

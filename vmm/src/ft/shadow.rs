@@ -10,11 +10,13 @@ use std::sync::Arc;
 
 use api::VmConfig;
 use ft::config::FtReceiveConfig;
+use ft::copies::{CopyClaim, SessionId, ShadowCopy};
 use ft::machine::{
     DiskChange, Identity, Input, MachineError, Output, PAGE_SIZE, Protected, Refusal, Shadow, ShadowHost, Takeover,
 };
 
 use super::backends::{ReplayNet, transmit_all};
+use super::histories::{Histories, Kept};
 use super::protected::{ProtectedVm, identity, machine_error};
 use crate::state::VmState;
 use crate::vm::{Holder, Vm, VmContext};
@@ -30,6 +32,8 @@ pub struct VmShadowHost {
     pub overrides: FtReceiveConfig,
     /// Gets the VM at takeover.
     pub adopt: Adopt,
+    /// Gets the histories of its disks.
+    pub kept: Kept,
 }
 
 fn refuse(code: &str, message: String) -> Refusal {
@@ -105,6 +109,18 @@ impl ShadowHost for VmShadowHost {
         let config = self.config(offered)?;
         let failed =
             |e: &dyn std::fmt::Display| refuse("shadow_failed", format!("the backup cannot build the VM: {e}"));
+        // Before the process is restricted to the files of the VM.
+        let copies: Vec<Option<ShadowCopy>> = config
+            .disks
+            .iter()
+            .flatten()
+            .zip(&offered.disks)
+            .map(|(disk, offered_disk)| {
+                let path = disk.path.as_ref().filter(|_| !offered_disk.readonly)?;
+                let copy = ShadowCopy::open(path, &offered.vm_id, &offered_disk.id, offered_disk.size);
+                Some(copy)
+            })
+            .collect();
         let vm = Vm::new(config, Some(offered.vm_id.clone()), &self.context).map_err(|e| failed(&e))?;
         let mut disks = Vec::new();
         for disk in vm.devices().disks() {
@@ -122,7 +138,9 @@ impl ShadowHost for VmShadowHost {
             vm,
             identity,
             disks,
+            copies,
             adopt: self.adopt.clone(),
+            kept: self.kept.clone(),
         }))
     }
 }
@@ -131,7 +149,10 @@ struct VmShadow {
     vm: Arc<Vm>,
     identity: Identity,
     disks: Vec<File>,
+    /// What the disks are copies of; none for those that are not copied.
+    copies: Vec<Option<ShadowCopy>>,
     adopt: Adopt,
+    kept: Kept,
 }
 
 fn zero_range(file: &File, offset: u64, len: u64, unmap: bool) -> std::io::Result<()> {
@@ -220,6 +241,18 @@ impl Shadow for VmShadow {
         self.identity.clone()
     }
 
+    fn claims(&mut self) -> Vec<CopyClaim> {
+        let claim = |(copy, file): (&mut Option<ShadowCopy>, &File)| match copy {
+            Some(copy) => copy.claim(file),
+            None => CopyClaim::Unknown("the disk is not copied".into()),
+        };
+        self.copies.iter_mut().zip(&self.disks).map(claim).collect()
+    }
+
+    fn synced(&mut self, session: &SessionId) {
+        self.copies.iter_mut().flatten().for_each(|copy| copy.synced(session));
+    }
+
     fn write_memory(&mut self, gpa: u64, data: &[u8]) -> Result<(), MachineError> {
         if !gpa.is_multiple_of(PAGE_SIZE as u64) || !data.len().is_multiple_of(PAGE_SIZE) {
             return Err(machine_error(format!(
@@ -235,6 +268,17 @@ impl Shadow for VmShadow {
     }
 
     fn apply_disk(&mut self, disk: u16, change: &DiskChange) -> Result<(), MachineError> {
+        let range = match change {
+            DiskChange::Write { offset, data } => Some((*offset, data.len() as u64)),
+            DiskChange::Zero { offset, len, .. } => Some((*offset, *len)),
+            DiskChange::Flush => None,
+        };
+        if let Some((offset, len)) = range {
+            self.checked_disk(disk, offset, len)?;
+            if let Some(Some(copy)) = self.copies.get_mut(usize::from(disk)) {
+                copy.before_write(offset, len);
+            }
+        }
         match change {
             DiskChange::Write { offset, data } => {
                 let file = self.checked_disk(disk, *offset, data.len() as u64)?;
@@ -266,7 +310,18 @@ impl Shadow for VmShadow {
             }
         }
         // All that can fail comes before the VM runs: after a failed activation the primary may go on (R4).
-        let protected = ProtectedVm::new(vm.clone())?;
+        let session = self.copies.iter().flatten().find_map(|copy| copy.session().cloned());
+        let sidecars = self
+            .copies
+            .into_iter()
+            .map(|copy| copy.and_then(ShadowCopy::into_sidecar));
+        let histories = Arc::new(Histories::new(&vm, sidecars.collect()));
+        let protected = ProtectedVm::new(vm.clone(), histories.clone())?;
+        if let Some(session) = session {
+            histories.all().for_each(|(_, history)| history.took_over(&session));
+            histories.wrap(&vm);
+        }
+        self.kept.put(&vm, histories);
         (self.adopt)(vm.clone());
         // Switches learn where the addresses are now before the first frame leaves; then comes what the primary may not
         // have sent; then the guest runs.
@@ -280,7 +335,12 @@ impl Shadow for VmShadow {
         Ok(protected)
     }
 
-    fn discard(self: Box<Self>) {
+    fn discard(mut self: Box<Self>, close_disks: bool) {
         self.vm.shutdown();
+        for (copy, file) in self.copies.iter_mut().zip(&self.disks) {
+            if let (Some(copy), true) = (copy, close_disks) {
+                copy.close(file);
+            }
+        }
     }
 }
