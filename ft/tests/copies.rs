@@ -141,7 +141,7 @@ impl World {
     fn copy(&mut self) -> Option<ShadowCopy> {
         let peer = 1 - self.runs;
         let mut shadow = self.hosts[peer].shadow();
-        let claim = shadow.claim(&self.hosts[peer].file);
+        let claim = shadow.claim();
         let mut known = self.history.divergence();
         if let (Bug::ForgetOwn, Some(known)) = (self.bug, &mut known) {
             known.changed.clear();
@@ -241,7 +241,7 @@ impl World {
                 let cut = self.random.below(write.1.len() as u64 + 1) as usize;
                 self.hosts[self.runs].write(&(write.0, write.1[..cut].to_vec()));
                 if self.random.chance(30) {
-                    self.history.close(&self.hosts[self.runs].file);
+                    self.history.close();
                 }
                 for write in sent.into_iter().flatten() {
                     shadow.before_write(write.0, write.1.len() as u64);
@@ -260,7 +260,7 @@ impl World {
                     }
                 }
                 if self.random.chance(30) {
-                    shadow.close(&self.hosts[peer].file);
+                    shadow.close();
                 }
                 self.history.go_alone();
             }
@@ -350,7 +350,7 @@ fn r3_only_blocks_of_applied_epochs_are_forgotten() {
     assert_eq!(changed(), [9]);
     // The sidecar has the same.
     drop(history);
-    let CopyClaim::Known(claim) = host.shadow().claim(&host.file) else {
+    let CopyClaim::Known(claim) = host.shadow().claim() else {
         panic!("no claim")
     };
     assert_eq!(
@@ -377,7 +377,7 @@ fn left(dir: &tempfile::TempDir) -> Host {
     let host = Host::new(dir, "image");
     host.write(&(0, vec![7; 3 * BLOCK as usize]));
     let mut shadow = host.shadow();
-    assert!(matches!(shadow.claim(&host.file), CopyClaim::Unknown(reason) if reason.contains("no record")));
+    assert!(matches!(shadow.claim(), CopyClaim::Unknown(reason) if reason.contains("no record")));
     let id = SessionId {
         name: "primary-1".into(),
         generation: 3,
@@ -387,7 +387,7 @@ fn left(dir: &tempfile::TempDir) -> Host {
     shadow.before_write(BLOCK, 10);
     host.write(&(BLOCK, vec![8; 10]));
     drop(shadow);
-    let CopyClaim::Known(claim) = host.shadow().claim(&host.file) else {
+    let CopyClaim::Known(claim) = host.shadow().claim() else {
         panic!("no claim")
     };
     assert_eq!(claim.session, id);
@@ -396,12 +396,12 @@ fn left(dir: &tempfile::TempDir) -> Host {
 }
 
 fn unknown(host: &Host, reason: &str) {
-    match host.shadow().claim(&host.file) {
+    match host.shadow().claim() {
         CopyClaim::Unknown(found) => assert!(found.contains(reason), "{found}"),
         CopyClaim::Known(_) => panic!("a claim in spite of: {reason}"),
     }
     // Who does not believe a record removes it.
-    assert!(matches!(host.shadow().claim(&host.file), CopyClaim::Unknown(reason) if reason.contains("no record")));
+    assert!(matches!(host.shadow().claim(), CopyClaim::Unknown(reason) if reason.contains("no record")));
 }
 
 #[test]
@@ -416,7 +416,7 @@ fn r3_a_damaged_or_cut_record_is_no_proof() {
         let mut bad = good.clone();
         bad[at] ^= 1 << (at % 8);
         std::fs::write(&path, &bad).unwrap();
-        let claim = host.shadow().claim(&host.file);
+        let claim = host.shadow().claim();
         // A bit of the unused rest of the header says nothing.
         let used = at < 16 || at >= 4080 || good[at..4080].iter().any(|b| *b != 0);
         assert_eq!(matches!(claim, CopyClaim::Unknown(_)), used, "bit in byte {at}");
@@ -428,7 +428,7 @@ fn r3_a_damaged_or_cut_record_is_no_proof() {
     std::fs::write(&path, [&good[..], &[0]].concat()).unwrap();
     unknown(&host, "damaged");
     std::fs::write(&path, good).unwrap();
-    assert!(matches!(host.shadow().claim(&host.file), CopyClaim::Known(_)));
+    assert!(matches!(host.shadow().claim(), CopyClaim::Known(_)));
     std::fs::remove_file(&path).unwrap();
     unknown(&host, "no record");
 }
@@ -439,7 +439,7 @@ fn r3_a_record_of_something_else_is_no_proof() {
     let host = left(&dir);
     let good = std::fs::read(path_of(&host.path)).unwrap();
     let again = || std::fs::write(path_of(&host.path), &good).unwrap();
-    let other = |vm, disk, size| ShadowCopy::open(&host.path, vm, disk, size).claim(&host.file);
+    let other = |vm, disk, size| ShadowCopy::open(&host.path, vm, disk, size).claim();
     for claim in [
         other("other", DISK, SIZE),
         other(VM, "_disk1", SIZE),
@@ -472,12 +472,12 @@ fn r3_an_image_that_was_changed_by_others_is_no_proof() {
     let host = left(&dir);
     let seal = || {
         let mut shadow = host.shadow();
-        assert!(matches!(shadow.claim(&host.file), CopyClaim::Known(_)));
+        assert!(matches!(shadow.claim(), CopyClaim::Known(_)));
         shadow.before_write(0, 1);
-        shadow.close(&host.file);
+        shadow.close();
     };
     seal();
-    assert!(matches!(host.shadow().claim(&host.file), CopyClaim::Known(_)));
+    assert!(matches!(host.shadow().claim(), CopyClaim::Known(_)));
     seal();
     // A clock tick of a file system is some milliseconds.
     std::thread::sleep(Duration::from_millis(20));
@@ -493,8 +493,9 @@ fn r3_after_a_boot_only_a_sealed_record_is_a_proof() {
         let host = left(&dir);
         if sealed {
             let mut shadow = host.shadow();
+            shadow.claim();
             shadow.before_write(0, 1);
-            shadow.close(&host.file);
+            shadow.close();
         }
         let path = path_of(&host.path);
         let mut bytes = std::fs::read(&path).unwrap();
@@ -506,7 +507,7 @@ fn r3_after_a_boot_only_a_sealed_record_is_a_proof() {
         let sum = crc32c::crc32c(&bytes[..end]);
         bytes[end..end + 4].copy_from_slice(&sum.to_le_bytes());
         std::fs::write(&path, &bytes).unwrap();
-        match host.shadow().claim(&host.file) {
+        match host.shadow().claim() {
             CopyClaim::Known(claim) => {
                 assert!(sealed);
                 // The write of the shadow that was sealed.

@@ -5,7 +5,6 @@
 //! newer one takes its place. After the session nothing is dropped any more. The same blocks are in the sidecar while the
 //! session runs: should the backup take over, this disk differs from its in these blocks at most.
 
-use std::fs::File;
 use std::io;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
@@ -185,12 +184,12 @@ impl DiskHistory {
         inner.note(Sidecar::invalidate);
     }
 
-    /// The session is over and the VM will never run here again: what the sidecar says stays, for later boots too. `image`
-    /// is synced.
-    pub fn close(&self, image: &File) {
+    /// The session is over and the VM will never run here again: what the sidecar says stays, for later boots too. The
+    /// image is synced, which may take long.
+    pub fn close(&self) {
         let mut inner = lock(&self.inner);
         if std::mem::take(&mut inner.runs) {
-            inner.note(|sidecar| sidecar.seal(image));
+            inner.note(Sidecar::seal);
         }
     }
 

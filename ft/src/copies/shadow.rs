@@ -28,7 +28,7 @@ pub struct ShadowCopy {
 }
 
 impl ShadowCopy {
-    /// Looks at an image, and changes nothing.
+    /// Opens what there is to an image, and changes nothing.
     pub fn open(image: &Path, vm: &str, disk: &str, size: u64) -> Self {
         let wanted = Record {
             vm: vm.into(),
@@ -40,23 +40,18 @@ impl ShadowCopy {
             },
             side: Side::Backup,
         };
-        let (sidecar, known) = match Sidecar::open(image) {
-            Ok(Some(mut sidecar)) => {
-                let known = File::open(image)
-                    .map_err(|e| format!("it cannot be opened: {e}"))
-                    .and_then(|file| sidecar.read(&file, &wanted));
-                (Some(sidecar), known)
-            }
-            Ok(None) => (None, Err("there is no record of images of its kind or size".into())),
+        let (sidecar, reason) = match Sidecar::open(image) {
+            Ok(Some(sidecar)) => (Some(sidecar), String::new()),
+            Ok(None) => (None, "there is no record of images of its kind or size".into()),
             Err(e) => {
                 let path = super::path_of(image);
                 log::warn!("ft: {}: {e}: the whole disk will have to be copied", path.display());
-                (None, Err(format!("its record cannot be opened: {e}")))
+                (None, format!("its record cannot be opened: {e}"))
             }
         };
         Self {
             wanted,
-            known,
+            known: Err(reason),
             untouched: true,
             sidecar,
         }
@@ -75,26 +70,32 @@ impl ShadowCopy {
         }
     }
 
-    /// What it is, for the primary. `image` must be the open image, locked for this process. A record that is not
-    /// believed is removed.
-    pub fn claim(&mut self, image: &File) -> CopyClaim {
-        let reason = match &self.known {
-            Ok((record, doubtful)) => match sample(image, doubtful, self.wanted.size) {
-                Ok(sample) => {
-                    return CopyClaim::Known(KnownCopy {
-                        session: record.session.clone(),
-                        side: record.side,
-                        doubtful: doubtful.coarse_runs(MAX_RUNS),
-                        sample,
-                    });
-                }
-                Err(e) => format!("it cannot be read: {e}"),
-            },
-            Err(reason) => reason.clone(),
+    /// What it is, for the primary. This process must have locked the image. A record that is not believed is removed.
+    pub fn claim(&mut self) -> CopyClaim {
+        if let Some(sidecar) = &mut self.sidecar {
+            self.known = sidecar.read(&self.wanted);
+        }
+        let sampled = match (&self.known, &self.sidecar) {
+            (Ok((_, doubtful)), Some(sidecar)) => {
+                sample(sidecar.image(), doubtful, self.wanted.size).map_err(|e| format!("it cannot be read: {e}"))
+            }
+            (Err(reason), _) => Err(reason.clone()),
+            (Ok(_), None) => Err("there is no record of it".into()),
         };
-        self.known = Err(reason.clone());
-        self.note(Sidecar::invalidate);
-        CopyClaim::Unknown(reason)
+        match (&self.known, sampled) {
+            (Ok((record, doubtful)), Ok(sample)) => CopyClaim::Known(KnownCopy {
+                session: record.session.clone(),
+                side: record.side,
+                doubtful: doubtful.coarse_runs(MAX_RUNS),
+                sample,
+            }),
+            (_, sampled) => {
+                let reason = sampled.err().unwrap_or_default();
+                self.known = Err(reason.clone());
+                self.note(Sidecar::invalidate);
+                CopyClaim::Unknown(reason)
+            }
+        }
     }
 
     /// A range is about to be written. Call it before that.
@@ -139,10 +140,10 @@ impl ShadowCopy {
         Some(&self.wanted.session).filter(|session| !session.name.is_empty())
     }
 
-    /// It will not be written any more; `image` is synced. May take long.
-    pub fn close(&mut self, image: &File) {
+    /// It will not be written any more; the image is synced. May take long.
+    pub fn close(&mut self) {
         if self.known.is_ok() && !self.untouched {
-            self.note(|sidecar| sidecar.seal(image));
+            self.note(Sidecar::seal);
         }
     }
 

@@ -79,7 +79,10 @@ struct Header {
 pub struct Sidecar {
     file: File,
     path: PathBuf,
-    image: Image,
+    /// The image, for reading.
+    image: File,
+    at: PathBuf,
+    identity: Image,
     boot: String,
     header: Option<Header>,
     touched: Option<Instant>,
@@ -168,6 +171,7 @@ impl Sidecar {
         if !facts.is_file() || facts.len() > super::MAX_SIZE {
             return Ok(None);
         }
+        let opened = File::open(image)?;
         let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id")?;
         let path = path_of(image);
         let mut options = OpenOptions::new();
@@ -179,7 +183,9 @@ impl Sidecar {
         Ok(Some(Self {
             file,
             path,
-            image: identity(&facts)?,
+            identity: identity(&opened.metadata()?)?,
+            image: opened,
+            at: image.into(),
             boot: boot.trim().into(),
             header: None,
             touched: None,
@@ -191,11 +197,12 @@ impl Sidecar {
         &self.path
     }
 
-    /// What the image is, and its doubtful blocks, if that is certain; else why not. `wanted` says which copies are of
-    /// interest: session and side in it do not count.
-    pub fn read(&mut self, image: &File, wanted: &Record) -> Result<(Record, BlockMap), String> {
+    /// What the image is, and its doubtful blocks, if that is certain; else why not. This process must have locked the
+    /// image: whoever had it before has done its last write then, and its last mark. `wanted` says which copies are
+    /// of interest: session and side in it do not count.
+    pub fn read(&mut self, wanted: &Record) -> Result<(Record, BlockMap), String> {
         let failed = |e: io::Error| format!("its record cannot be read: {e}");
-        let facts = image.metadata().map_err(failed)?;
+        let facts = self.image.metadata().map_err(failed)?;
         let length = self.file.metadata().map_err(failed)?.len();
         if length == 0 {
             return Err("there is no record of it".into());
@@ -212,7 +219,12 @@ impl Sidecar {
         if record.size != wanted.size || facts.len() != wanted.size {
             return Err("its size has changed".into());
         }
-        let found = identity(&facts).map_err(failed)?;
+        let found = &self.identity;
+        // Exchanged since it was opened here, and before it was locked.
+        let there = std::fs::metadata(&self.at).map_err(failed)?;
+        if (there.dev(), there.ino()) != (found.device, found.inode) {
+            return Err("the image was exchanged just now".into());
+        }
         // A device may have another number after a boot.
         let device = header.boot != self.boot || found.device == header.image.device;
         if !device || (found.inode, found.born) != (header.image.inode, header.image.born) {
@@ -267,7 +279,7 @@ impl Sidecar {
         self.open_header(Header {
             record,
             boot: self.boot.clone(),
-            image: self.image.clone(),
+            image: self.identity.clone(),
             sealed: None,
         })
     }
@@ -277,7 +289,7 @@ impl Sidecar {
         match self.header.take() {
             Some(header) => self.open_header(Header {
                 boot: self.boot.clone(),
-                image: self.image.clone(),
+                image: self.identity.clone(),
                 sealed: None,
                 ..header
             }),
@@ -316,6 +328,11 @@ impl Sidecar {
         self.file.write_all_at(&entry(&header.record.session, index, bits), at)
     }
 
+    /// The image, for reading.
+    pub fn image(&self) -> &File {
+        &self.image
+    }
+
     /// Nothing is said of the image any more.
     pub fn invalidate(&mut self) -> io::Result<()> {
         self.header = None;
@@ -324,12 +341,12 @@ impl Sidecar {
 
     /// The image will not be written any more. It is synced, then the record is closed, which is then good for later
     /// boots of this host, too. May take long.
-    pub fn seal(&mut self, image: &File) -> io::Result<()> {
+    pub fn seal(&mut self) -> io::Result<()> {
         let Some(header) = &self.header else { return Ok(()) };
-        image.sync_all()?;
+        self.image.sync_all()?;
         self.file.sync_all()?;
         let header = Header {
-            sealed: Some(times(&image.metadata()?)),
+            sealed: Some(times(&self.image.metadata()?)),
             ..header.clone()
         };
         self.file.write_all_at(&encode(&header)?, 0)?;

@@ -169,13 +169,13 @@ fn r3_a_claim_that_is_wrong_is_found_by_its_sample() {
     bed.relay.cut();
     bed.wait_primary(FtState::Solo);
     bed.primary.take().unwrap().shutdown();
-    // The backup has not ended: its record is open, and the change comes within the time that a write may take.
-    let image = std::fs::File::options().write(true).open(path(&bed, 1)).unwrap();
-    let copy = ft::copies::ShadowCopy::open(&path(&bed, 1), "vm", "_disk0", BLOCKS * BLOCK);
     bed.arbiter_reachable("b", true);
     bed.wait_backup(FtState::Stopped);
     bed.backup.take().unwrap().shutdown();
-    let mut copy = copy;
+    // Its record is open again, and the change comes within the time that a write may take.
+    let image = std::fs::File::options().write(true).open(path(&bed, 1)).unwrap();
+    let mut copy = ft::copies::ShadowCopy::open(&path(&bed, 1), "vm", "_disk0", BLOCKS * BLOCK);
+    copy.claim();
     copy.before_write(39 * BLOCK, 1);
     std::os::unix::fs::FileExt::write_all_at(&image, &[0xcc; 9], 33 * BLOCK).unwrap();
     drop(copy);

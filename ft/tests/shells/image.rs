@@ -59,7 +59,7 @@ impl Image {
     }
 
     pub fn close(&self) {
-        self.history.close(&self.file);
+        self.history.close();
     }
 }
 
@@ -88,7 +88,7 @@ impl ShadowImage {
     }
 
     pub fn claim(&mut self) -> CopyClaim {
-        self.copy.claim(&self.file)
+        self.copy.claim()
     }
 
     pub fn synced(&mut self, session: &SessionId) {
@@ -102,7 +102,7 @@ impl ShadowImage {
     }
 
     pub fn close(&mut self) {
-        self.copy.close(&self.file);
+        self.copy.close();
     }
 
     /// The VM runs on it now.

@@ -1,6 +1,7 @@
 //! [`Bed`]: the hosts, their disks and the arbiter; how a guest is booted, shadowed and protected.
 
 use std::fs::File;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -27,6 +28,8 @@ pub struct Options {
     pub memory_mib: u64,
     /// Disk in MiB.
     pub disk_mib: u64,
+    /// A second disk in MiB, full of bytes that the guest does not touch (0: there is none).
+    pub data_mib: u64,
     /// Further words of the guest's command line.
     pub cmdline: String,
     /// Silence after which the other side counts as dead. Longer than the product's default, so that a machine that is
@@ -46,6 +49,7 @@ impl Default for Options {
             vcpus: 2,
             memory_mib: 256,
             disk_mib: 16,
+            data_mib: 0,
             cmdline: String::new(),
             heartbeat_timeout_ms: 3000,
             limits: Vec::new(),
@@ -198,6 +202,22 @@ impl Bed {
         Ok(())
     }
 
+    /// The second disk of a host.
+    pub fn data(&self, side: Side) -> PathBuf {
+        self.dir.join(format!("{}.data", side.name()))
+    }
+
+    /// Fills the second disk of a host.
+    fn fill_data(&self, side: Side) -> Result<()> {
+        let mut file = File::create(self.data(side))?;
+        let mut bytes = vec![0; 1 << 20];
+        for n in 0..self.options.data_mib {
+            load::pattern::fill(n + 1, 0, &mut bytes);
+            file.write_all(&bytes)?;
+        }
+        Ok(())
+    }
+
     /// `file:DIR` of the arbiter.
     pub fn arbiter(&self) -> String {
         format!("file:{}", self.dir.join("arbiter").display())
@@ -215,16 +235,15 @@ impl Bed {
             ("--cmdline", self.cmdline()),
             ("--cpus", format!("boot={}", self.options.vcpus)),
             ("--memory", format!("size={}M", self.options.memory_mib)),
-            ("--disk", format!("path={}", self.disk(side).display())),
             ("--net", format!("tap={TAP},mac={MAC}")),
             ("--serial", format!("file={}", serial.display())),
             ("--console", "off".into()),
             ("--ft-arbiter", self.arbiter()),
         ];
-        Ok(args
-            .into_iter()
-            .flat_map(|(option, value)| [option.to_string(), value])
-            .collect())
+        let args = args.into_iter().flat_map(|(option, value)| [option.to_string(), value]);
+        let disk = ["--disk".to_string(), format!("path={}", self.disk(side).display())];
+        let data = (self.options.data_mib > 0).then(|| format!("path={},id=data", self.data(side).display()));
+        Ok(args.chain(disk).chain(data).collect())
     }
 
     fn next_name(&mut self, side: Side) -> String {
@@ -249,6 +268,9 @@ impl Bed {
     /// Boots the guest and waits until its services listen.
     pub fn boot(&mut self, side: Side) -> Result<Host> {
         let serial = self.dir.join(format!("{}{}.serial", side.name(), self.started + 1));
+        if self.options.data_mib > 0 && !self.data(side).exists() {
+            self.fill_data(side)?;
+        }
         let args = self.vm_args(side, &serial)?;
         let mut host = self.start(side, &args)?;
         wait_ready(&mut host, 1)?;
@@ -282,8 +304,14 @@ impl Bed {
         ];
         let security = self.security(host.side);
         let security: Vec<&str> = security.iter().map(String::as_str).collect();
+        let data = format!("id=data,path={}", self.data(host.side).display());
+        let data: &[&str] = if self.options.data_mib > 0 {
+            &["--disk", &data]
+        } else {
+            &[]
+        };
         host.vmm
-            .remote(&[&args[..], &["--arbiter", &arbiter], &security].concat())?;
+            .remote(&[&args[..], data, &["--arbiter", &arbiter], &security].concat())?;
         host.peer = peer.into();
         Ok(())
     }

@@ -114,10 +114,9 @@ impl Histories {
         self.disks.get(usize::from(disk))?.as_ref()
     }
 
-    /// All, with the indexes of their disks.
-    pub fn all(&self) -> impl Iterator<Item = (usize, &Arc<DiskHistory>)> {
-        let all = self.disks.iter().enumerate();
-        all.filter_map(|(i, history)| Some((i, history.as_ref()?)))
+    /// All there are.
+    pub fn all(&self) -> impl Iterator<Item = &Arc<DiskHistory>> {
+        self.disks.iter().flatten()
     }
 
     /// Marks the changes of all disks from now on. Their backends must not have any other of FT's wrappers.
@@ -149,12 +148,12 @@ impl Histories {
 
     /// A session begins. The VM must stand still.
     pub fn begin(&self, session: &SessionId) {
-        self.all().for_each(|(_, history)| history.begin(session));
+        self.all().for_each(|history| history.begin(session));
     }
 
     /// A session is over, the VM goes on here. It must stand still.
     pub fn go_alone(&self) {
-        self.all().for_each(|(_, history)| history.go_alone());
+        self.all().for_each(|history| history.go_alone());
     }
 }
 

@@ -293,9 +293,9 @@ impl Protected for ProtectedVm {
     }
 
     fn confirm(&self, applied: u64, running: u64) {
-        for (_, history) in self.histories.all() {
-            history.confirm(applied, running);
-        }
+        self.histories
+            .all()
+            .for_each(|history| history.confirm(applied, running));
     }
 
     fn release(&self, outputs: Vec<Output>) {
@@ -344,8 +344,6 @@ impl Protected for ProtectedVm {
     }
 
     fn close_disks(&self) {
-        for (disk, history) in self.histories.all() {
-            history.close(&self.disks[disk].file);
-        }
+        self.histories.all().for_each(|history| history.close());
     }
 }

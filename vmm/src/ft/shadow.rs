@@ -242,11 +242,11 @@ impl Shadow for VmShadow {
     }
 
     fn claims(&mut self) -> Vec<CopyClaim> {
-        let claim = |(copy, file): (&mut Option<ShadowCopy>, &File)| match copy {
-            Some(copy) => copy.claim(file),
+        let claim = |copy: &mut Option<ShadowCopy>| match copy {
+            Some(copy) => copy.claim(),
             None => CopyClaim::Unknown("the disk is not copied".into()),
         };
-        self.copies.iter_mut().zip(&self.disks).map(claim).collect()
+        self.copies.iter_mut().map(claim).collect()
     }
 
     fn synced(&mut self, session: &SessionId) {
@@ -312,7 +312,7 @@ impl Shadow for VmShadow {
         let histories = Arc::new(Histories::new(&vm, sidecars.collect()));
         let protected = ProtectedVm::new(vm.clone(), histories.clone())?;
         if let Some(session) = session {
-            histories.all().for_each(|(_, history)| history.took_over(&session));
+            histories.all().for_each(|history| history.took_over(&session));
             histories.wrap(&vm);
         }
         self.kept.put(&vm, histories);
@@ -331,10 +331,8 @@ impl Shadow for VmShadow {
 
     fn discard(mut self: Box<Self>, close_disks: bool) {
         self.vm.shutdown();
-        for (copy, file) in self.copies.iter_mut().zip(&self.disks) {
-            if let (Some(copy), true) = (copy, close_disks) {
-                copy.close(file);
-            }
+        if close_disks {
+            self.copies.iter_mut().flatten().for_each(ShadowCopy::close);
         }
     }
 }
