@@ -4,7 +4,7 @@
 //! * `session`: what the threads share: the protocol core and who performs its actions;
 //! * `controller`: the thread that copies (pre-copy, checkpoints) and that alone pauses and resumes the VM;
 //! * `precopy`, `checkpoint`: what it does in the two stages;
-//! * `metrics`: measures for `ft info`.
+//! * `metrics`: measures for `ft info`; `report`: what is told of a session.
 //!
 //! Threads: controller; sender (writes what device workers post); receiver (acknowledgements: it releases outputs
 //! itself, so that nobody has to be woken); pulse (heartbeats, silence, retries); one per question to the arbiter.
@@ -15,6 +15,7 @@ pub mod controller;
 mod handshake;
 pub mod metrics;
 pub mod precopy;
+mod report;
 pub mod session;
 mod stage;
 

@@ -11,12 +11,12 @@ use std::time::Duration;
 use sandbox::ThreadKind;
 
 use crate::arbiter::{Arbiter, Verdict};
-use crate::config::{FtDurability, FtInfo, FtLimits, FtRole, FtState};
+use crate::config::{FtDurability, FtLimits, FtRole, FtState};
 use crate::copies::{CopyClaim, SessionId};
 use crate::core::arbitration::Answer;
 use crate::core::primary::{Action, Event, FromBackup, PrimaryState, ToBackup};
 use crate::core::{MAX_IN_FLIGHT, Nanos};
-use crate::event::{EventSink, FtEvent, Status, announce};
+use crate::event::{EventSink, Status, announce};
 use crate::interposer::{Interposer, LogSink};
 use crate::machine::{DiskChange, Identity, Protected};
 use crate::outbox::{Clock, Outbox};
@@ -96,11 +96,11 @@ pub struct Session {
     pub(super) machine: Arc<dyn Protected>,
     pub(super) identity: Identity,
     arbiter: Arc<dyn Arbiter>,
-    arbiter_description: String,
+    pub(super) arbiter_description: String,
     node: String,
-    peer: String,
-    transport: String,
-    durability: FtDurability,
+    pub(super) peer: String,
+    pub(super) transport: String,
+    pub(super) durability: FtDurability,
     /// This session, in the history of the disks.
     pub(super) id: SessionId,
     pub(super) copies: Vec<CopyClaim>,
@@ -128,7 +128,7 @@ pub struct Session {
     pub(super) metrics: Mutex<Metrics>,
     pub(super) quit: AtomicBool,
     received_all: AtomicBool,
-    events: EventSink,
+    pub(super) events: EventSink,
 }
 
 impl Session {
@@ -366,24 +366,6 @@ impl Session {
         }
     }
 
-    /// What is copied of a disk at first, and why all of it.
-    pub(super) fn tell_copy(&self, disk: &str, copied: u64, skipped: u64, reason: String) {
-        let why = if reason.is_empty() { "" } else { ": " };
-        log::info!("ft: disk {disk}: {copied} bytes to copy, {skipped} are there already{why}{reason}");
-        let mut properties = vec![
-            ("disk".to_string(), disk.to_string()),
-            ("copied".to_string(), copied.to_string()),
-            ("skipped".to_string(), skipped.to_string()),
-        ];
-        if !reason.is_empty() {
-            properties.push(("reason".to_string(), reason));
-        }
-        (self.events)(FtEvent {
-            event: "disk_copy",
-            properties,
-        });
-    }
-
     /// Lets the machine forget which blocks of its disks were changed in epochs that the backup has applied. While epoch
     /// `running` runs, from the thread that ends it.
     pub(super) fn confirm(&self, running: u64) {
@@ -489,31 +471,6 @@ impl Session {
             self.feed(Self::TICK);
             self.wait_end(Duration::from_nanos((heartbeat / 2).min(timeout / 8)));
         }
-    }
-
-    /// The report.
-    pub(super) fn info(&self) -> FtInfo {
-        let mut info = FtInfo::disabled();
-        lock(&self.metrics).report(&mut info);
-        let status = self.status();
-        let core = lock(&self.core);
-        (info.lag_bytes, info.run_percent) = (core.lag(), core.percent());
-        drop(core);
-        info.role = if status.state == FtState::Disabled {
-            FtRole::None
-        } else {
-            FtRole::Primary
-        };
-        (info.state, info.reason) = (status.state, status.reason);
-        (info.generation, info.epoch, info.committed) = (status.generation, status.epoch, status.committed);
-        info.peer = Some(self.peer.clone());
-        info.transport = Some(self.transport.clone());
-        info.durability = self.durability;
-        info.arbiter = Some(self.arbiter_description.clone());
-        info.limits = lock(&self.limits).clone();
-        (info.outputs_waiting, _) = self.interposer.waiting();
-        info.bytes_sent = self.outbox.bytes_written();
-        info
     }
 }
 

@@ -12,6 +12,7 @@ mod delta;
 #[cfg(feature = "etcd")]
 mod etcd;
 mod fake;
+mod host;
 mod image;
 mod loss;
 mod normal;
