@@ -384,6 +384,8 @@ pub fn calls(kind: ThreadKind) -> Vec<Call> {
         Kind::FtAdmission => [MACHINE, ASK_ETCD, &[NARROW]].concat(),
         Kind::FtBackup => vec![EVERY, STREAM, FILE_IO],
         Kind::FtApplier => [MACHINE, &[STREAM]].concat(),
+        // Makes the handshake, which asks the arbiter; opens the disks of the VM that is to be protected.
+        Kind::FtSupervisor => [ASK_ETCD, &[EVERY, FILE_IO]].concat(),
     };
     groups.concat()
 }
