@@ -81,6 +81,11 @@ fn kill(mut primary: Host, mut backup: Host, spare: &mut Host, loads: &mut Loads
         moment.elapsed().as_millis(),
         takeover.gap_ms
     );
+    for event in events(&backup)? {
+        if event["event"] == "reprotect_failed" {
+            eprintln!("    {}", event["properties"]);
+        }
+    }
     ensure!(backup.vmm.ft_info()?["generation"] == generation);
     loads.verify(&backup.disk)?;
     Ok(backup)
