@@ -201,7 +201,8 @@ fn errors_tell_what_to_do() {
 
 #[cfg(feature = "ft")]
 mod fault_tolerance {
-    use ft::config::{FtInfo, FtLimits, FtReprotection, FtRole, FtState};
+    use ft::config::{FtInfo, FtLimits, FtRole, FtState};
+    use ft::reprotect::FtReprotection;
 
     use super::*;
 

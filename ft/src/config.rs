@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use crate::reprotect::Reprotect;
+use crate::reprotect::{FtReprotection, Reprotect};
 
 /// Body of PUT vm.ft-receive: wait for a primary.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -257,22 +257,6 @@ pub struct FtProgress {
     pub rate: f64,
     /// Estimated seconds left.
     pub seconds_left: f64,
-}
-
-/// The search for a new backup.
-#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
-pub struct FtReprotection {
-    /// Attempts since the VM runs alone.
-    pub attempts: u64,
-    /// The host that is being asked now.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub trying: Option<String>,
-    /// Seconds until the next attempt.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub next_in_s: Option<f64>,
-    /// Why the last attempt failed, or why there is none.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub last_error: Option<String>,
 }
 
 /// Body of GET vm.ft-info.

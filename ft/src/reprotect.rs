@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use crate::config::{FtEnableConfig, FtReprotection, FtTls};
+use crate::config::{FtEnableConfig, FtTls};
 use crate::transport::{Address, TransportError};
 
 /// Most hosts in the list, the first backup among them.
@@ -181,6 +181,22 @@ impl Host {
         let address = address.to_string();
         Self { address, told: None }
     }
+}
+
+/// The search for a new backup.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+pub struct FtReprotection {
+    /// Attempts since the VM runs alone.
+    pub attempts: u64,
+    /// The host that is being asked now.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub trying: Option<String>,
+    /// Seconds until the next attempt.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub next_in_s: Option<f64>,
+    /// Why the last attempt failed, or why there is none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_error: Option<String>,
 }
 
 /// What is to be done now.

@@ -14,8 +14,8 @@ use crate::host::Running;
 /// The guest's address.
 const GUEST: &str = "192.168.100.2";
 /// Hang guards: this machine may be busy with other things, and the guests run nested and emulated.
-const BOOT: Duration = Duration::from_secs(300);
-const STEP: Duration = Duration::from_secs(300);
+const BOOT: Duration = Duration::from_secs(600);
+const STEP: Duration = Duration::from_secs(900);
 
 /// The bed with its guest.
 pub struct Protected {
@@ -25,6 +25,10 @@ pub struct Protected {
     client: &'static str,
     sessions: Option<Running>,
 }
+
+/// Silence that counts as death. Longer than the product's default, for the same reason; a killed process is noticed by its
+/// closed connection.
+const LIMITS: &str = "--limits heartbeat_timeout_ms=3000";
 
 /// The guest, but for its disk.
 const GUEST_VMM: &str = "--cpus boot=1 --memory size=384M --kernel /images/guest/vmlinuz --initramfs /images/guest/initrd \
@@ -47,7 +51,7 @@ impl Protected {
         );
         this.bed.host("a").run(&p, STEP)?;
         this.idle_backup()?;
-        this.bed.host("a").run("guest_up 280", BOOT)?;
+        this.bed.host("a").run("guest_up 580", BOOT)?;
         Ok(this)
     }
 
@@ -82,7 +86,7 @@ impl Protected {
     /// The same for a backup that waits already, with further options of `ft enable`.
     pub fn enable(&mut self, options: &str) -> Result<()> {
         let command = format!(
-            "remote p ft enable --peer {} --insecure {options} && ft_is p protected",
+            "remote p ft enable --peer {} --insecure {LIMITS} {options} && ft_is p protected",
             self.peer()
         );
         self.bed.host("a").run(&command, STEP).map(drop)
@@ -95,7 +99,7 @@ impl Protected {
 
     /// Begins the clients' sessions and waits until each has had `least` answers.
     pub fn sessions(&mut self, least: u64) -> Result<()> {
-        let command = format!("bed2-client hold {GUEST} /out/stop --limit 600");
+        let command = format!("bed2-client hold {GUEST} /out/stop --limit 1800");
         self.sessions = Some(self.bed.host(self.client).spawn(&command)?);
         self.progress(least)
     }
@@ -159,7 +163,7 @@ impl Protected {
             "tap tapr
              vmm r {GUEST_VMM} --disk path=/dev/bed/{disk} --net tap=tapr,mac=52:54:00:00:00:02 \
                  --serial file=$LOGS/guest-r-{host}.log
-             guest_up 280"
+             guest_up 580"
         );
         self.run(host, &boot)?;
         let [redis, _, ssh] = acknowledged;

@@ -1,6 +1,7 @@
 //! `ft info` as a table.
 
-use ft::config::{FtInfo, FtLimits, FtReprotection, FtRole, FtStat, FtState};
+use ft::config::{FtInfo, FtLimits, FtRole, FtStat, FtState};
+use ft::reprotect::FtReprotection;
 
 use crate::output::line;
 
