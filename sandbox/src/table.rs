@@ -367,7 +367,8 @@ pub fn calls(kind: ThreadKind) -> Vec<Call> {
             }
             return all;
         }
-        Kind::Control => MACHINE.to_vec(),
+        // The end of a VM ends FT's connection.
+        Kind::Control => [MACHINE, &[STREAM]].concat(),
         Kind::ApiServer => vec![EVERY, WAIT, STREAM, ACCEPT, API_SOCKET],
         Kind::EventMonitor | Kind::FtThrottle => vec![EVERY],
         Kind::Signals => vec![EVERY, WAIT, STREAM],

@@ -8,8 +8,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use bed1::failover;
 use bed1::loads::{self, Loads};
-use bed1::netns::Network;
+use bed1::netns::{Network, guest};
 use bed1::pair::{Bed, Host, Options, Side};
+use load::CONTROL_PORT;
+use load::control::Control;
 use serde_json::Value;
 
 /// Hang guard of a search: the pauses between its rounds add up.
@@ -82,8 +84,8 @@ fn kill(mut primary: Host, mut backup: Host, spare: &mut Host, loads: &mut Loads
         takeover.gap_ms
     );
     for event in events(&backup)? {
-        if event["event"] == "reprotect_failed" {
-            eprintln!("    {}", event["properties"]);
+        if event["event"].as_str().is_some_and(|name| name.ends_with("failed")) {
+            eprintln!("    {event}");
         }
     }
     ensure!(backup.vmm.ft_info()?["generation"] == generation);
@@ -252,9 +254,9 @@ fn kvm_root_a_spare_that_does_not_answer_holds_nobody_up() -> Result<()> {
             Err(e) => Err(e).context("the attempt goes on"),
         }
     };
-    let mut primary = bed.boot(Side::A)?;
-    let loads = Loads::start(&bed, &loads::model(&bed), &loads::Options::everything(4))?;
-    for end in [&["ft", "disable"][..], &["shutdown-vmm"]] {
+    for end in ["disable", "power-off", "shutdown-vmm"] {
+        let mut primary = bed.boot(Side::A)?;
+        let loads = Loads::start(&bed, &loads::model(&bed), &loads::Options::everything(4))?;
         let mut backup = listener(&mut bed, Side::B)?;
         enable(&bed, &mut primary, &mut backup, &[address(Side::S, 7100)])?;
         backup.vmm.kill()?;
@@ -262,15 +264,25 @@ fn kvm_root_a_spare_that_does_not_answer_holds_nobody_up() -> Result<()> {
         let trying = primary.vmm.ft_info()?["reprotection"]["trying"].clone();
         ensure!(trying == "tcp:10.99.0.3:7100", "{trying}");
         loads.wait_progress(20)?;
-        primary.vmm.remote(end)?;
-        hung_up(stream)?;
-        if end.len() > 1 {
+        if end == "disable" {
+            primary.vmm.remote(&["ft", "disable"])?;
+            hung_up(stream)?;
             ensure!(primary.vmm.ft_state()? == "disabled");
             loads.wait_progress(20)?;
+            continue;
         }
+        loads.stop()?;
+        match end {
+            "power-off" => Control::open(&*bed.network, guest(CONTROL_PORT))?.power_off()?,
+            _ => drop(primary.vmm.remote(&[end])?),
+        }
+        hung_up(stream)?;
+        ensure!(
+            primary.vmm.wait_end(LIMIT)?,
+            "{end}: the VMM ended with an error: {}",
+            primary.vmm.tail()
+        );
     }
-    drop(loads);
-    ensure!(primary.vmm.wait_end(LIMIT)?, "the VMM ended with an error");
     Ok(())
 }
 
