@@ -112,7 +112,7 @@ fn backup_host_off(_: &()) -> Outcome {
     let mut guest = Protected::start("faults", 2)?;
     guest.client_on("a");
     guest.receive("/dev/bed/backup")?;
-    guest.enable("--auto-reprotect")?;
+    guest.enable(3000, "--auto-reprotect")?;
     guest.sessions(10)?;
     guest.bed.host("b").cut()?;
     guest.wait_state("p", "solo")?;
@@ -149,7 +149,7 @@ fn backup_disk_full(_: &()) -> Outcome {
     let mut guest = Protected::start("faults", 2)?;
     guest.run("b", "mount -t tmpfs -o size=500m small /mnt")?;
     guest.receive("/mnt/backup.img")?;
-    guest.enable("")?;
+    guest.enable(3000, "")?;
     guest.sessions(10)?;
     guest.run("b", "! dd if=/dev/zero of=/mnt/filler bs=4k 2>/dev/null")?;
     guest.wait_state("p", "failed")?;
@@ -161,7 +161,7 @@ fn backup_disk_full(_: &()) -> Outcome {
 fn both_hosts_off(durability: &str) -> Outcome {
     let mut guest = Protected::start("faults", 2)?;
     guest.receive("/dev/bed/backup")?;
-    guest.enable(&format!("--durability {durability}"))?;
+    guest.enable(60_000, &format!("--durability {durability}"))?;
     guest.sessions(20)?;
     let acknowledged = guest.cut_both()?;
     let primary = guest.recover("a", "primary", acknowledged)?;

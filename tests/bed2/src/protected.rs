@@ -26,10 +26,6 @@ pub struct Protected {
     sessions: Option<Running>,
 }
 
-/// Silence that counts as death. Longer than the product's default, for the same reason; a killed process is noticed by its
-/// closed connection.
-const LIMITS: &str = "--limits heartbeat_timeout_ms=3000";
-
 /// The guest, but for its disk.
 const GUEST_VMM: &str = "--cpus boot=1 --memory size=384M --kernel /images/guest/vmlinuz --initramfs /images/guest/initrd \
      --cmdline \"$GUEST_CMDLINE\" --console off";
@@ -80,13 +76,15 @@ impl Protected {
     /// Turns fault tolerance on and waits until the guest is protected.
     pub fn protect(&mut self) -> Result<()> {
         self.receive("/dev/bed/backup")?;
-        self.enable("")
+        self.enable(3000, "")
     }
 
-    /// The same for a backup that waits already, with further options of `ft enable`.
-    pub fn enable(&mut self, options: &str) -> Result<()> {
+    /// The same for a backup that waits already, with further options of `ft enable`. `silence`: milliseconds that count as
+    /// death; longer than the product's default, for this machine may be busy. A killed process is noticed by its closed
+    /// connection.
+    pub fn enable(&mut self, silence: u32, options: &str) -> Result<()> {
         let command = format!(
-            "remote p ft enable --peer {} --insecure {LIMITS} {options} && ft_is p protected",
+            "remote p ft enable --peer {} --insecure --limits heartbeat_timeout_ms={silence} {options} && ft_is p protected",
             self.peer()
         );
         self.bed.host("a").run(&command, STEP).map(drop)
@@ -147,8 +145,10 @@ impl Protected {
         }
     }
 
-    /// Cuts the power of both hosts at once. Answers (redis, echo, ssh) that the clients had told of by then.
+    /// Cuts the power of both hosts of a protected guest at once. Answers (redis, echo, ssh) that the clients had told of by then.
     pub fn cut_both(&mut self) -> Result<[u64; 3]> {
+        // Otherwise one of the copies is an old one.
+        self.run("a", "ft_is p protected")?;
         for host in self.bed.hosts() {
             host.cut()?;
         }
@@ -167,8 +167,12 @@ impl Protected {
         );
         self.run(host, &boot)?;
         let [redis, _, ssh] = acknowledged;
-        let found =
-            format!("bed2-client recovered {GUEST} {redis}; ssh guest 'wc -l < /root/lines; tail -n 1 /root/lines'");
+        // Where all is slow, the service may have been given up too early.
+        let found = format!(
+            "ssh guest systemctl start redis-server
+             wait_for 300 redis open_port 6379
+             bed2-client recovered {GUEST} {redis} && ssh guest 'wc -l < /root/lines; tail -n 1 /root/lines'"
+        );
         let found = self.run(host, &found)?;
         self.bed.host(host).cut()?;
         let numbers: Vec<u64> = found.split_whitespace().filter_map(|word| word.parse().ok()).collect();

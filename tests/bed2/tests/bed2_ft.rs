@@ -35,7 +35,7 @@ fn a_host_without_power_is_not_noticed() {
 fn r5_both_hosts_without_power_lose_no_acknowledged_write_with_disk_of_both() {
     let mut guest = Protected::start("ft-both-hosts", 2).unwrap();
     guest.receive("/dev/bed/backup").unwrap();
-    guest.enable("--durability disk-of-both").unwrap();
+    guest.enable(60_000, "--durability disk-of-both").unwrap();
     guest.sessions(20).unwrap();
     let acknowledged = guest.cut_both().unwrap();
     println!("acknowledged: {acknowledged:?} (redis, echo, ssh)");
