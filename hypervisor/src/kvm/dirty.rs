@@ -239,10 +239,11 @@ impl Rings {
     /// Forgets what was logged. Every page was just protected anew.
     pub(super) fn restart(&self) -> Result<()> {
         let mut state = self.state();
+        // Before the rest is collected: a page that became hot now would stay writable, and be forgotten.
+        state.hot.clear();
         self.collect_locked(&mut state)?;
         state.slots.values_mut().for_each(|log| log.take(|_, _| ()));
         state.incomplete = false;
-        state.hot.clear();
         Ok(())
     }
 

@@ -74,9 +74,10 @@ impl Hot {
         self.pages.iter().copied().collect()
     }
 
-    /// Every page was protected: none is hot.
+    /// Every page was protected: none is hot, and none becomes so until [`Hot::set_most`].
     pub(super) fn clear(&mut self) {
         self.pages.clear();
+        self.most = 0;
     }
 }
 
@@ -107,5 +108,9 @@ mod tests {
         assert_eq!(hot.all(), [(0, 8), (1, 8)]);
         hot.set_most(0);
         assert!(hot.written((0, 8)), "it stays until it is cooled");
+        hot.set_most(2);
+        hot.clear();
+        hot.harvest();
+        assert!(!hot.written((0, 8)) && hot.all().is_empty());
     }
 }
