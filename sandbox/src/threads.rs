@@ -58,11 +58,13 @@ pub enum ThreadKind {
     FtBackup,
     /// Writes the shadow and activates it.
     FtApplier,
+    /// Looks for a new backup when the VM runs alone.
+    FtSupervisor,
 }
 
 impl ThreadKind {
     /// All kinds.
-    pub const ALL: [Self; 22] = [
+    pub const ALL: [Self; 23] = [
         Self::Main,
         Self::Spawner,
         Self::Control,
@@ -85,6 +87,7 @@ impl ThreadKind {
         Self::FtAdmission,
         Self::FtBackup,
         Self::FtApplier,
+        Self::FtSupervisor,
     ];
 }
 

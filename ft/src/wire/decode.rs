@@ -271,6 +271,9 @@ pub fn decode(kind: u8, flags: u8, payload: Vec<u8>) -> Result<Frame, DecodeErro
                 .limits
                 .validate()
                 .map_err(|_| bad("hello", "a limit is out of range"))?;
+            if hello.reprotect.as_ref().is_some_and(|r| r.check().is_err()) {
+                return Err(bad("hello", "its spares are too many or no addresses"));
+            }
             Ok(Frame::Hello(Box::new(hello)))
         }
         Kind::Accept => owned("accept", &payload).map(Frame::Accept),

@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::{FtDurability, FtLimits};
 use crate::machine::{Identity, Refusal};
+use crate::reprotect::Reprotect;
 
 /// First frame of the primary.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -24,6 +25,8 @@ pub struct Hello {
     pub limits: FtLimits,
     /// What flushes survive.
     pub durability: FtDurability,
+    /// How the VM finds its next backup by itself, if it is to.
+    pub reprotect: Option<Reprotect>,
 }
 
 /// Two hosts' TSC frequencies may differ by one part in so many: the kernel measures them anew at each boot.

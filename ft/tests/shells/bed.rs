@@ -185,6 +185,8 @@ impl Bed {
             tls: None,
             durability: FtDurability::default(),
             limits: limits(),
+            auto_reprotect: false,
+            spares: Vec::new(),
         }
     }
 
