@@ -1,7 +1,10 @@
 //! Settings and reports of FT, in the JSON of the REST API.
 
+mod audit;
+
 use std::path::PathBuf;
 
+pub use audit::FtAuditInfo;
 use serde::{Deserialize, Serialize};
 
 /// Body of PUT vm.ft-receive: wait for a primary.
@@ -131,6 +134,8 @@ pub struct FtLimits {
     pub precopy_mib_s: u32,
     /// RAM of the shadow that is compared with the primary's, in MiB/s, 0 to 65,536 (R6); 0 = none.
     pub audit_mib_s: u32,
+    /// The same for the shadow's replicated disks.
+    pub audit_disk_mib_s: u32,
 }
 
 impl Default for FtLimits {
@@ -144,6 +149,7 @@ impl Default for FtLimits {
             heartbeat_timeout_ms: 500,
             precopy_mib_s: 0,
             audit_mib_s: 16,
+            audit_disk_mib_s: 4,
         }
     }
 }
@@ -297,8 +303,8 @@ pub struct FtInfo {
     pub outputs_waiting: u64,
     /// Log-channel bytes sent (backup: received) in all.
     pub bytes_sent: u64,
-    /// RAM bytes of the shadow that were compared with the primary's, in all (R6).
-    pub audited_bytes: u64,
+    /// What was compared of the shadow with the primary (R6).
+    pub audit: FtAuditInfo,
     /// Bytes that wait for the backup now.
     pub lag_bytes: u64,
     /// Share of the time the guest may run, percent; below 100 when it is slowed down.
@@ -337,7 +343,7 @@ impl FtInfo {
             held_outputs: FtStat::default(),
             outputs_waiting: 0,
             bytes_sent: 0,
-            audited_bytes: 0,
+            audit: FtAuditInfo::default(),
             lag_bytes: 0,
             run_percent: 100,
             detection_ms: None,
@@ -374,6 +380,9 @@ pub struct FtLimitsPatch {
     /// See [`FtLimits::audit_mib_s`].
     #[serde(skip_serializing_if = "Option::is_none")]
     pub audit_mib_s: Option<u32>,
+    /// See [`FtLimits::audit_disk_mib_s`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub audit_disk_mib_s: Option<u32>,
 }
 
 impl FtLimitsPatch {
@@ -388,6 +397,7 @@ impl FtLimitsPatch {
             heartbeat_timeout_ms: self.heartbeat_timeout_ms.unwrap_or(limits.heartbeat_timeout_ms),
             precopy_mib_s: self.precopy_mib_s.unwrap_or(limits.precopy_mib_s),
             audit_mib_s: self.audit_mib_s.unwrap_or(limits.audit_mib_s),
+            audit_disk_mib_s: self.audit_disk_mib_s.unwrap_or(limits.audit_disk_mib_s),
         }
     }
 }
@@ -428,6 +438,7 @@ impl FtLimits {
             120_000,
         )?;
         range("audit_mib_s", self.audit_mib_s, 0, 65_536)?;
+        range("audit_disk_mib_s", self.audit_disk_mib_s, 0, 65_536)?;
         Ok(())
     }
 }

@@ -2,7 +2,7 @@
 
 #![allow(clippy::unwrap_used)]
 
-use ft::audit::PageSum;
+use ft::audit::{ChunkSum, PageSum};
 use ft::config::{FtDurability, FtLimits};
 use ft::core::staging::Staging;
 use ft::machine::{DiskChange, DiskIdentity, Identity, Input, Output, PAGE_SIZE, PageRun, Refusal};
@@ -103,7 +103,7 @@ fn output() -> impl Strategy<Value = Output> {
 }
 
 fn marker() -> impl Strategy<Value = EndMarker> {
-    vec(any::<u64>(), 9).prop_map(|n| EndMarker {
+    vec(any::<u64>(), 10).prop_map(|n| EndMarker {
         epoch: n[0],
         pages: n[1],
         zero_pages: n[2],
@@ -113,6 +113,16 @@ fn marker() -> impl Strategy<Value = EndMarker> {
         state_len: n[6],
         age_ns: n[7],
         audited: n[8],
+        audited_chunks: n[9],
+    })
+}
+
+fn chunk_sum() -> impl Strategy<Value = ChunkSum> {
+    (any::<u16>(), any::<u64>(), any::<u32>(), any::<u32>()).prop_map(|(disk, offset, len, crc)| ChunkSum {
+        disk,
+        offset,
+        len,
+        crc,
     })
 }
 
@@ -142,6 +152,7 @@ fn frame() -> impl Strategy<Value = Frame> {
             let sums = sums.into_iter().map(sum).collect();
             Frame::Audit { epoch, sums }
         }),
+        (any::<u64>(), vec(chunk_sum(), 1..17)).prop_map(|(epoch, sums)| Frame::DiskAudit { epoch, sums }),
         ".{0,40}".prop_map(Frame::Accept),
         (".{0,40}", ".{0,40}").prop_map(|(code, message)| Frame::Refuse(Refusal { code, message })),
         (any::<u64>(), runs(3), any::<u8>()).prop_map(|(epoch, runs, fill)| {

@@ -40,6 +40,8 @@ pub enum ThreadKind {
     Announce,
     /// FT's controller on the primary: pre-copy and checkpoints.
     FtControl,
+    /// Reads disks on the primary, to compare them.
+    FtAudit,
     /// Receives on the primary.
     FtReceiver,
     /// Sends what was posted, on either side.
@@ -62,7 +64,7 @@ pub enum ThreadKind {
 
 impl ThreadKind {
     /// All kinds.
-    pub const ALL: [Self; 22] = [
+    pub const ALL: [Self; 23] = [
         Self::Main,
         Self::Spawner,
         Self::Control,
@@ -76,6 +78,7 @@ impl ThreadKind {
         Self::DiskIo,
         Self::Announce,
         Self::FtControl,
+        Self::FtAudit,
         Self::FtReceiver,
         Self::FtSender,
         Self::FtPulse,

@@ -95,7 +95,18 @@ fn apply(session: &Session, shadow: &mut dyn Shadow, epoch: u64, staged: &Staged
             shadow.apply_disk(disk as u16, &DiskChange::Flush)?;
         }
     }
-    audit::compare(shadow, &staged.audit)
+    compare(session, shadow, staged)
+}
+
+/// What differs ends this backup (R6).
+fn compare(session: &Session, shadow: &dyn Shadow, staged: &StagedEpoch) -> Result<(), MachineError> {
+    let (pages, chunks) = (&staged.audit, &staged.disk_audit);
+    let found = audit::compare(shadow, &session.hello.identity.disks, pages, chunks)?;
+    lock(&session.measures).audit.add(pages, chunks);
+    match found.first() {
+        Some(mismatch) => Err(MachineError(mismatch.to_string())),
+        None => Ok(()),
+    }
 }
 
 const ZERO_PAGES: usize = 16;

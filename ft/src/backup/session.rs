@@ -342,6 +342,7 @@ impl Session {
                 staging.outputs(epoch, outputs)
             }
             Frame::Audit { epoch, sums } => staging.audit(epoch, sums),
+            Frame::DiskAudit { epoch, sums } => staging.disk_audit(epoch, sums),
             Frame::State { epoch, data } => staging.state(epoch, &data),
             Frame::End(marker) => {
                 let (bytes, flushes) = staging.end(&marker).map_err(|e| e.to_string())?;

@@ -7,7 +7,8 @@ use std::collections::BTreeMap;
 
 use thiserror::Error;
 
-use crate::audit::PageSum;
+use crate::audit::disk::{CHUNK, MAX_CHUNKS};
+use crate::audit::{ChunkSum, PageSum};
 use crate::machine::{DiskChange, Identity, Input, Output, PAGE_SIZE, PageRun};
 use crate::wire::frame::EndMarker;
 
@@ -36,8 +37,8 @@ pub enum StagingError {
         /// Number of pages.
         count: u64,
     },
-    /// A change outside of the disk, or of a disk that cannot be changed.
-    #[error("disk {disk}: change of {len} bytes at {offset}: no such place, or read-only")]
+    /// A place outside of the disk, or on a disk that is not replicated.
+    #[error("disk {disk}: {len} bytes at {offset}: no such place, or read-only")]
     Disk {
         /// Index of the disk.
         disk: u16,
@@ -91,6 +92,8 @@ pub struct StagedEpoch {
     pub outputs: Vec<Output>,
     /// Checksums that pages of the shadow must have when it is applied.
     pub audit: Vec<PageSum>,
+    /// The same for pieces of its disks.
+    pub disk_audit: Vec<ChunkSum>,
     /// The saved state at its end.
     pub state: Vec<u8>,
     /// Nanoseconds from the checkpoint to the sending of its end marker.
@@ -171,6 +174,10 @@ impl Staging {
             DiskChange::Zero { offset, len, .. } => (*offset, *len),
             DiskChange::Flush => (0, 0),
         };
+        self.check_range(disk, offset, len)
+    }
+
+    fn check_range(&self, disk: u16, offset: u64, len: u64) -> Result<(), StagingError> {
         let size = self.disks.get(usize::from(disk)).copied().flatten();
         match (size, offset.checked_add(len)) {
             (Some(size), Some(end)) if end <= size => Ok(()),
@@ -292,6 +299,24 @@ impl Staging {
         Ok(())
     }
 
+    /// Checksums of pieces of disks.
+    pub fn disk_audit(&mut self, epoch: u64, sums: Vec<ChunkSum>) -> Result<(), StagingError> {
+        for sum in &sums {
+            let (disk, offset, len) = (sum.disk, sum.offset, u64::from(sum.len));
+            self.check_range(disk, offset, len)?;
+            if !(1..=CHUNK).contains(&len) {
+                return Err(StagingError::Disk { disk, offset, len });
+            }
+        }
+        let staged = self.epoch(epoch)?;
+        if staged.disk_audit.len() + sums.len() > MAX_CHUNKS {
+            let what = "audited pieces of disks";
+            return Err(StagingError::TooMuch { epoch, what });
+        }
+        staged.disk_audit.extend(sums);
+        Ok(())
+    }
+
     /// A piece of the saved state.
     pub fn state(&mut self, epoch: u64, data: &[u8]) -> Result<(), StagingError> {
         let staged = self.epoch(epoch)?;
@@ -319,6 +344,11 @@ impl Staging {
             ("inputs", staged.inputs.len() as u64, marker.inputs),
             ("outputs", staged.output_count, marker.outputs),
             ("audited pages", staged.audit.len() as u64, marker.audited),
+            (
+                "audited pieces of disks",
+                staged.disk_audit.len() as u64,
+                marker.audited_chunks,
+            ),
             ("state bytes", staged.state.len() as u64, marker.state_len),
         ] {
             if found != expected {

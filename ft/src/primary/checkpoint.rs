@@ -70,6 +70,11 @@ impl Controller {
         let state = machine.save_state()?;
         let inputs = session.log.inputs.swap(0, Ordering::Relaxed);
         let disk = session.log.disk.swap(0, Ordering::Relaxed);
+        let (audit_mib_s, audit_disk_mib_s) = {
+            let limits = lock(&session.limits);
+            (limits.audit_mib_s, limits.audit_disk_mib_s)
+        };
+        let chunks = session.log.audit.turn(audit_disk_mib_s);
         let taken = Instant::now();
         let lag = bytes as u64 + self.state_len + cut.held + cut.logged;
         self.drive(Event::Checkpointed {
@@ -99,14 +104,19 @@ impl Controller {
                 disk,
                 inputs,
                 audited: sums.len() as u64,
+                audited_chunks: chunks.len() as u64,
                 state_len: self.state_len,
                 ..Default::default()
             };
             let mut frames = frame::audit(cut.epoch, &sums);
+            if !chunks.is_empty() {
+                frames.push(frame::disk_audit(cut.epoch, &chunks));
+            }
             frames.extend(frame::state(cut.epoch, &state));
             self.send(marker, frames, taken, cut.logged)?;
-            let rate = lock(&session.limits).audit_mib_s;
-            self.auditor.look(machine.as_ref(), rate)?;
+            let rounds = self.auditor.rounds();
+            lock(&session.metrics).audited(&sums, &chunks, rounds);
+            self.auditor.look(machine.as_ref(), audit_mib_s)?;
         }
         Ok(())
     }
@@ -143,7 +153,7 @@ impl Controller {
         burst.extend(encode(&Frame::End(marker)));
         let telling = {
             let mut metrics = lock(&session.metrics);
-            metrics.sent(marker.epoch, sent + size(&burst), marker.audited);
+            metrics.sent(marker.epoch, sent + size(&burst));
             metrics.take_telling()
         };
         if let Some((bytes, took)) = telling {

@@ -7,8 +7,8 @@
 //! * `metrics`: measures for `ft info`.
 //!
 //! Threads: controller; sender (writes what device workers post); receiver (acknowledgements: it releases outputs
-//! itself, so that nobody has to be woken); pulse (heartbeats, silence, retries); one per question to the arbiter.
-//! Lock order: core, then interposer, then outbox. Machine calls are made without any of them but the release lock.
+//! itself, so that nobody has to be woken); pulse (heartbeats, silence, retries); audit (reads disks); one per question to the arbiter.
+//! Lock order: core, then interposer, then outbox or audit. Machine calls are made without any of them but the release lock.
 
 pub mod checkpoint;
 pub mod controller;
@@ -86,6 +86,12 @@ impl Primary {
         spawn(ThreadKind::FtSender, "ft-sender", Box::new(move || s.send()))?;
         let s = session.clone();
         spawn(ThreadKind::FtPulse, "ft-pulse", Box::new(move || s.pulse()))?;
+        let s = session.clone();
+        spawn(
+            ThreadKind::FtAudit,
+            "ft-audit",
+            Box::new(move || s.log.audit.run(s.machine.as_ref())),
+        )?;
         let s = session.clone();
         spawn(
             ThreadKind::FtControl,

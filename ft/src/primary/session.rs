@@ -11,6 +11,7 @@ use std::time::Duration;
 use sandbox::ThreadKind;
 
 use crate::arbiter::{Arbiter, Verdict};
+use crate::audit::disk::DiskAudit;
 use crate::config::{FtDurability, FtInfo, FtLimits, FtRole, FtState};
 use crate::core::arbitration::Answer;
 use crate::core::primary::{Action, Event, FromBackup, PrimaryState, ToBackup};
@@ -68,6 +69,8 @@ pub(super) struct Log {
     outbox: Arc<Outbox>,
     pub(super) inputs: AtomicU64,
     pub(super) disk: AtomicU64,
+    /// Must know what is changed.
+    pub(super) audit: DiskAudit,
 }
 
 impl LogSink for Log {
@@ -77,6 +80,7 @@ impl LogSink for Log {
     }
 
     fn disk_change(&self, epoch: u64, disk: u16, change: DiskChange) -> u64 {
+        self.audit.changed(disk, &change);
         let frames = frame::disk_change(epoch, disk, change);
         self.disk.fetch_add(frames.len() as u64, Ordering::Relaxed);
         self.outbox.post(frames)
@@ -131,6 +135,7 @@ impl Session {
                 outbox: outbox.clone(),
                 inputs: AtomicU64::new(0),
                 disk: AtomicU64::new(0),
+                audit: DiskAudit::new(&parts.identity),
             });
             let session = weak.clone();
             let waker = Arc::new(move || {
@@ -210,6 +215,7 @@ impl Session {
     }
 
     pub(super) fn finish(&self) {
+        self.log.audit.close();
         lock(&self.mailbox).finished = true;
         self.ended.notify_all();
     }
@@ -218,6 +224,7 @@ impl Session {
     pub(super) fn quit(&self) {
         self.quit.store(true, Ordering::SeqCst);
         self.outbox.close();
+        self.log.audit.close();
         // With the lock, so that nobody misses it between looking and sleeping.
         drop(lock(&self.mailbox));
         self.changed.notify_all();
@@ -454,6 +461,7 @@ impl Session {
     pub(super) fn info(&self) -> FtInfo {
         let mut info = FtInfo::disabled();
         lock(&self.metrics).report(&mut info);
+        info.audit.disk_rounds = self.log.audit.rounds();
         let status = self.status();
         let core = lock(&self.core);
         (info.lag_bytes, info.run_percent) = (core.lag(), core.percent());

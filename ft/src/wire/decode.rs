@@ -5,7 +5,7 @@ use serde::de::DeserializeOwned;
 
 use super::frame::{DISK_FLUSH, DISK_UNMAP, DISK_WRITE, DISK_ZERO, Frame, Kind, OUTPUT_CONSOLE, OUTPUT_FRAME};
 use super::{DecodeError, MAX_PAYLOAD, MAX_PIECE, header};
-use crate::audit::PageSum;
+use crate::audit::{ChunkSum, PageSum};
 use crate::config::FtLimits;
 use crate::machine::{DiskChange, Input, Output, PAGE_SIZE, PageRun};
 
@@ -209,6 +209,22 @@ fn audit(payload: &[u8]) -> Result<Frame, DecodeError> {
     Ok(Frame::Audit { epoch, sums })
 }
 
+fn disk_audit(payload: &[u8]) -> Result<Frame, DecodeError> {
+    let kind = "disk audit";
+    let mut prefix = Prefix { kind, rest: payload };
+    let epoch = prefix.u64()?;
+    let mut sums = Vec::with_capacity(prefix.rest.len() / 18);
+    while !prefix.rest.is_empty() {
+        sums.push(ChunkSum {
+            disk: prefix.u16()?,
+            offset: prefix.u64()?,
+            len: prefix.u32()?,
+            crc: prefix.u32()?,
+        });
+    }
+    Ok(Frame::DiskAudit { epoch, sums })
+}
+
 /// Decodes a payload.
 pub fn decode(kind: u8, flags: u8, payload: Vec<u8>) -> Result<Frame, DecodeError> {
     let known = Kind::from_byte(kind).ok_or(DecodeError::Kind(kind))?;
@@ -273,5 +289,6 @@ pub fn decode(kind: u8, flags: u8, payload: Vec<u8>) -> Result<Frame, DecodeErro
         Kind::Bye => owned("bye", &payload).map(Frame::Bye),
         Kind::Limits => limits(&payload).map(Frame::Limits),
         Kind::Audit => audit(&payload),
+        Kind::DiskAudit => disk_audit(&payload),
     }
 }

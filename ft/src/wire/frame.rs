@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::hello::Hello;
 use super::{MAX_PIECE, header};
-use crate::audit::PageSum;
+use crate::audit::{ChunkSum, PageSum};
 use crate::config::FtLimits;
 use crate::machine::{DiskChange, Input, Output, PageRun, Refusal};
 
@@ -57,13 +57,15 @@ pub enum Kind {
     Limits = 19,
     /// Checksums of pages that the epoch leaves as they were.
     Audit = 20,
+    /// Checksums of pieces of disks, likewise.
+    DiskAudit = 21,
 }
 
 impl Kind {
     /// From the header.
     pub fn from_byte(byte: u8) -> Option<Self> {
         use Kind::*;
-        const ALL: [Kind; 20] = [
+        const ALL: [Kind; 21] = [
             Heartbeat,
             Hello,
             Accept,
@@ -84,6 +86,7 @@ impl Kind {
             Bye,
             Limits,
             Audit,
+            DiskAudit,
         ];
         ALL.into_iter().find(|kind| *kind as u8 == byte)
     }
@@ -106,6 +109,8 @@ pub struct EndMarker {
     pub outputs: u64,
     /// Checksums of pages.
     pub audited: u64,
+    /// Checksums of pieces of disks.
+    pub audited_chunks: u64,
     /// Bytes of saved state.
     pub state_len: u64,
     /// Nanoseconds from the checkpoint to the sending of this frame.
@@ -198,6 +203,13 @@ pub enum Frame {
         epoch: u64,
         /// The checksums.
         sums: Vec<PageSum>,
+    },
+    /// Checksums of pieces of disks, as they are at the end of the epoch.
+    DiskAudit {
+        /// Epoch.
+        epoch: u64,
+        /// The checksums.
+        sums: Vec<ChunkSum>,
     },
 }
 
@@ -298,6 +310,19 @@ pub fn audit(epoch: u64, sums: &[PageSum]) -> Vec<OutFrame<'static>> {
         OutFrame::new(Kind::Audit, 0, head, Cow::Borrowed(&[]))
     };
     sums.chunks(MAX_PIECE / 12).map(part).collect()
+}
+
+/// Checksums of pieces of disks, at most as many as an epoch may have.
+pub fn disk_audit(epoch: u64, sums: &[ChunkSum]) -> OutFrame<'static> {
+    let mut head = Vec::with_capacity(8 + 18 * sums.len());
+    head.extend_from_slice(&epoch.to_le_bytes());
+    for sum in sums {
+        head.extend_from_slice(&sum.disk.to_le_bytes());
+        head.extend_from_slice(&sum.offset.to_le_bytes());
+        head.extend_from_slice(&sum.len.to_le_bytes());
+        head.extend_from_slice(&sum.crc.to_le_bytes());
+    }
+    OutFrame::new(Kind::DiskAudit, 0, head, Cow::Borrowed(&[]))
 }
 
 /// An input frame.
@@ -425,5 +450,6 @@ pub fn encode(frame: &Frame) -> Vec<OutFrame<'static>> {
         Frame::Bye(reason) => one(OutFrame::postcard(Kind::Bye, reason)),
         Frame::Limits(limits) => one(OutFrame::postcard(Kind::Limits, limits)),
         Frame::Audit { epoch, sums } => audit(*epoch, sums),
+        Frame::DiskAudit { epoch, sums } => one(disk_audit(*epoch, sums)),
     }
 }

@@ -155,6 +155,11 @@ impl FakeVm {
         self.run(|vm| lock(&vm.contents).ram[at..at + data.len()].copy_from_slice(data));
     }
 
+    /// A change of the disk that the log misses.
+    pub fn write_disk_unlogged(&self, offset: u64, data: &[u8]) {
+        self.run(|vm| lock(&vm.contents).disks[0][offset as usize..][..data.len()].copy_from_slice(data));
+    }
+
     /// The guest counts and sends the new value.
     pub fn count_and_send(&self) -> Option<u64> {
         self.run(|vm| {
@@ -441,6 +446,10 @@ impl Shadow for FakeShadow {
 
     fn read_memory(&self, gpa: u64, buf: &mut [u8]) -> Result<(), MachineError> {
         self.vm.read_memory(gpa, buf)
+    }
+
+    fn read_disk(&self, disk: u16, offset: u64, buf: &mut [u8]) -> Result<(), MachineError> {
+        self.vm.read_disk(disk, offset, buf)
     }
 
     fn apply_disk(&mut self, disk: u16, change: &DiskChange) -> Result<(), MachineError> {

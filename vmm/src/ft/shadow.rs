@@ -207,7 +207,7 @@ impl VmShadow {
         if info.readonly || offset.checked_add(len).is_none_or(|end| end > info.size) {
             let reason = if info.readonly { "is read-only" } else { "ends earlier" };
             return Err(machine_error(format!(
-                "{}: change at {offset} of {len} bytes, but it {reason}",
+                "{}: {len} bytes at {offset}, but it {reason}",
                 info.id
             )));
         }
@@ -232,6 +232,11 @@ impl Shadow for VmShadow {
 
     fn read_memory(&self, gpa: u64, buf: &mut [u8]) -> Result<(), MachineError> {
         self.vm.ram().read(gpa, buf).map_err(machine_error)
+    }
+
+    fn read_disk(&self, disk: u16, offset: u64, buf: &mut [u8]) -> Result<(), MachineError> {
+        let file = self.checked_disk(disk, offset, buf.len() as u64)?;
+        file.read_exact_at(buf, offset).map_err(machine_error)
     }
 
     fn apply_disk(&mut self, disk: u16, change: &DiskChange) -> Result<(), MachineError> {

@@ -93,7 +93,12 @@ pub fn table(info: &FtInfo) {
         "bytes sent"
     };
     row(sent, &bytes(info.bytes_sent as f64));
-    row("RAM audited", &bytes(info.audited_bytes as f64));
+    let audited = |compared: u64, rounds: u64| match info.role {
+        FtRole::Backup => bytes(compared as f64),
+        _ => format!("{}, {rounds} times all of it", bytes(compared as f64)),
+    };
+    row("RAM audited", &audited(info.audit.ram_bytes, info.audit.ram_rounds));
+    row("disks audited", &audited(info.audit.disk_bytes, info.audit.disk_rounds));
     row("lag", &bytes(info.lag_bytes as f64));
     row("guest may run", &format!("{} % of the time", info.run_percent));
     for (name, value) in [
@@ -121,6 +126,7 @@ pub fn limits(limits: &FtLimits) {
     };
     row("precopy_mib_s", &rate(limits.precopy_mib_s, "no limit"));
     row("audit_mib_s", &rate(limits.audit_mib_s, "none"));
+    row("audit_disk_mib_s", &rate(limits.audit_disk_mib_s, "none"));
 }
 
 #[cfg(test)]
