@@ -136,6 +136,9 @@ pub struct FtLimits {
     pub audit_mib_s: u32,
     /// The same for the shadow's replicated disks.
     pub audit_disk_mib_s: u32,
+    /// Memory of the primary, in MiB, that remembers what was sent last of pages, so that of a page written again only the
+    /// changed lines of 64 bytes are sent. 0 to 65,536; 0 = pages are sent whole.
+    pub delta_cache_mib: u32,
 }
 
 impl Default for FtLimits {
@@ -150,6 +153,7 @@ impl Default for FtLimits {
             precopy_mib_s: 0,
             audit_mib_s: 16,
             audit_disk_mib_s: 4,
+            delta_cache_mib: 32,
         }
     }
 }
@@ -383,6 +387,9 @@ pub struct FtLimitsPatch {
     /// See [`FtLimits::audit_disk_mib_s`].
     #[serde(skip_serializing_if = "Option::is_none")]
     pub audit_disk_mib_s: Option<u32>,
+    /// See [`FtLimits::delta_cache_mib`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub delta_cache_mib: Option<u32>,
 }
 
 impl FtLimitsPatch {
@@ -398,6 +405,7 @@ impl FtLimitsPatch {
             precopy_mib_s: self.precopy_mib_s.unwrap_or(limits.precopy_mib_s),
             audit_mib_s: self.audit_mib_s.unwrap_or(limits.audit_mib_s),
             audit_disk_mib_s: self.audit_disk_mib_s.unwrap_or(limits.audit_disk_mib_s),
+            delta_cache_mib: self.delta_cache_mib.unwrap_or(limits.delta_cache_mib),
         }
     }
 }
@@ -439,6 +447,7 @@ impl FtLimits {
         )?;
         range("audit_mib_s", self.audit_mib_s, 0, 65_536)?;
         range("audit_disk_mib_s", self.audit_disk_mib_s, 0, 65_536)?;
+        range("delta_cache_mib", self.delta_cache_mib, 0, 65_536)?;
         Ok(())
     }
 }

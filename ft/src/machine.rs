@@ -192,9 +192,9 @@ pub struct Takeover {
 pub trait Shadow: Send {
     /// What this shadow is; FT refuses the pairing and names every difference to the offered identity.
     fn identity(&self) -> Identity;
-    /// Writes RAM; the range was checked against [`Identity::memory`]. Whole pages.
+    /// Writes RAM; the range was checked against [`Identity::memory`]. Whole lines ([`crate::wire::lines::LINE`]).
     fn write_memory(&mut self, gpa: u64, data: &[u8]) -> Result<(), MachineError>;
-    /// Reads RAM (audit, delta decoding).
+    /// Reads RAM (audit).
     fn read_memory(&self, gpa: u64, buf: &mut [u8]) -> Result<(), MachineError>;
     /// Copies bytes of the backup's own copy of a replicated disk (audit); the range is within [`Identity::disks`].
     fn read_disk(&self, disk: u16, offset: u64, buf: &mut [u8]) -> Result<(), MachineError>;

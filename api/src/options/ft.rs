@@ -16,6 +16,7 @@ pub const LIMITS: &[&str] = &[
     "precopy_mib_s",
     "audit_mib_s",
     "audit_disk_mib_s",
+    "delta_cache_mib",
 ];
 
 /// `--ft-receive listen=tcp:HOST:PORT,arbiter=ARBITER,tls=DIR,tls_peer=NAME,insecure=on`
@@ -92,6 +93,7 @@ pub fn limits<S: AsRef<str>>(settings: &[S]) -> Result<FtLimitsPatch, OptionErro
         precopy_mib_s: options.take("precopy_mib_s")?,
         audit_mib_s: options.take("audit_mib_s")?,
         audit_disk_mib_s: options.take("audit_disk_mib_s")?,
+        delta_cache_mib: options.take("delta_cache_mib")?,
     })
 }
 
