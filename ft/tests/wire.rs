@@ -206,7 +206,7 @@ proptest! {
         let (back, end) = read_all(&damaged);
         // Whole frames before the damage are as they were; the damaged one and what follows never comes out.
         prop_assert!(back.len() < frames.iter().map(|f| encode(f).len()).sum::<usize>());
-        prop_assert!(matches!(end, ReadError::Decode(_)), "{}", end);
+        prop_assert!(matches!(end, ReadError::Decode { .. }), "{}", end);
     }
 
     #[test]
@@ -326,6 +326,64 @@ fn long_things_are_cut_into_pieces_and_come_back_whole() {
 }
 
 #[test]
+fn r6_a_damaged_frame_is_named_by_number_and_type() {
+    let mut damaged = stream(&[Frame::Heartbeat, Frame::Ack(7)]);
+    let last = damaged.len() - 1;
+    damaged[last] ^= 1;
+    let said = read_all(&damaged).1.to_string();
+    assert!(said.starts_with("frame number 1: payload checksum of a frame of type Ack is 0x"), "{said}");
+    damaged[4] ^= 1;
+    let said = read_all(&damaged).1.to_string();
+    assert!(said.starts_with("frame number 0: frame header checksum is 0x"), "{said}");
+}
+
+#[test]
+fn r6_an_epoch_has_so_many_checksums_of_a_disk_at_most_and_of_such_pieces() {
+    let disk = |size, readonly| DiskIdentity {
+        id: "d".into(),
+        size,
+        readonly,
+    };
+    let identity = Identity {
+        vm_id: "vm".into(),
+        vmm_version: "1".into(),
+        config: String::new(),
+        memory: Vec::new(),
+        vcpus: 1,
+        cpu_features: Vec::new(),
+        tsc_khz: 0,
+        disks: vec![disk(1 << 20, false), disk(1 << 20, true)],
+        nics: 0,
+    };
+    let sum = |disk, offset, len| ChunkSum {
+        disk,
+        offset,
+        len,
+        crc: 0,
+    };
+    let mut staging = Staging::new(&identity, 4096);
+    for wrong in [
+        sum(0, 0, 0),
+        sum(0, 0, (64 << 10) + 1),
+        sum(0, (1 << 20) - 1, 2),
+        sum(0, u64::MAX, 1),
+        sum(1, 0, 1),
+        sum(2, 0, 1),
+    ] {
+        assert!(staging.disk_audit(1, vec![wrong]).is_err(), "{wrong:?}");
+    }
+    assert!(staging.disk_audit(1, vec![sum(0, 0, 64 << 10); 16]).is_ok());
+    assert!(staging.disk_audit(1, vec![sum(0, 0, 1)]).is_err());
+    let marker = |audited_chunks| EndMarker {
+        epoch: 1,
+        audited_chunks,
+        ..EndMarker::default()
+    };
+    assert!(staging.end(&marker(15)).is_err());
+    assert!(staging.end(&marker(16)).is_ok());
+}
+
+#[test]
 fn what_a_peer_can_make_us_allocate_is_bounded() {
     // A header that announces more than a frame can have, with right checksums.
     let header = header::Header {
@@ -338,7 +396,8 @@ fn what_a_peer_can_make_us_allocate_is_bounded() {
         payload_crc: 0,
     };
     let (_, error) = read_all(&header.encode());
-    assert!(matches!(error, ReadError::Decode(DecodeError::TooLong(u32::MAX))));
+    let too_long = DecodeError::TooLong(u32::MAX);
+    assert!(matches!(error, ReadError::Decode { number: 0, source } if source == too_long));
     // A small compressed frame that says it is 64 GiB.
     let mut payload = 7u64.to_le_bytes().to_vec();
     payload.extend(1u32.to_le_bytes());
@@ -354,6 +413,9 @@ fn what_a_peer_can_make_us_allocate_is_bounded() {
     let (_, error) = read_all(&[bytes(beat, 0, 0, 2), bytes(beat, 2, 0, 2)].concat());
     assert!(matches!(
         error,
-        ReadError::Decode(DecodeError::Sequence { found: 2, expected: 1 })
+        ReadError::Decode {
+            number: 1,
+            source: DecodeError::Sequence { found: 2, expected: 1 }
+        }
     ));
 }

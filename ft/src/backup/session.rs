@@ -289,7 +289,7 @@ impl Session {
         loop {
             let (envelope, frame) = match reader.next(&mut heard) {
                 Ok(got) => got,
-                Err(e @ ReadError::Decode(_)) => return self.broken(format!("log channel: {e}")),
+                Err(e @ ReadError::Decode { .. }) => return self.broken(format!("log channel: {e}")),
                 Err(e) => return self.lost(format!("log channel: {e}")),
             };
             if let Stamp::Echo(stamp) = &self.outbox.stamp {

@@ -94,6 +94,11 @@ impl Kind {
         ];
         ALL.into_iter().find(|kind| *kind as u8 == byte)
     }
+
+    /// Its name, for people.
+    pub fn describe(byte: u8) -> String {
+        Self::from_byte(byte).map_or_else(|| byte.to_string(), |kind| format!("{kind:?}"))
+    }
 }
 
 /// Ends an epoch: what must have come for it to be whole.

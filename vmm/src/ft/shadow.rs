@@ -165,7 +165,7 @@ fn send_held(vm: &Vm, outputs: Vec<Output>) {
 }
 
 impl VmShadow {
-    /// The disk's image, for a change of this range.
+    /// The disk's image, for a change or comparison of this range.
     fn image(&self, disk: u16, offset: u64, len: u64) -> Result<Arc<dyn DiskImage>, MachineError> {
         let index = usize::from(disk);
         let (Some(disk), Some(info)) = (self.vm.devices().disks().get(index), self.identity.disks.get(index)) else {
@@ -196,8 +196,8 @@ impl Shadow for VmShadow {
     }
 
     fn read_disk(&self, disk: u16, offset: u64, buf: &mut [u8]) -> Result<(), MachineError> {
-        let file = self.checked_disk(disk, offset, buf.len() as u64)?;
-        file.read_exact_at(buf, offset).map_err(machine_error)
+        let image = self.image(disk, offset, buf.len() as u64)?;
+        image.read_at(offset, buf).map_err(machine_error)
     }
 
     fn apply_disk(&mut self, disk: u16, change: &DiskChange) -> Result<(), MachineError> {
