@@ -331,10 +331,16 @@ fn r6_a_damaged_frame_is_named_by_number_and_type() {
     let last = damaged.len() - 1;
     damaged[last] ^= 1;
     let said = read_all(&damaged).1.to_string();
-    assert!(said.starts_with("frame number 1: payload checksum of a frame of type Ack is 0x"), "{said}");
+    assert!(
+        said.starts_with("frame number 1: payload checksum of a frame of type Ack is 0x"),
+        "{said}"
+    );
     damaged[4] ^= 1;
     let said = read_all(&damaged).1.to_string();
-    assert!(said.starts_with("frame number 0: frame header checksum is 0x"), "{said}");
+    assert!(
+        said.starts_with("frame number 0: frame header checksum is 0x"),
+        "{said}"
+    );
 }
 
 #[test]

@@ -127,7 +127,11 @@ impl DiskAudit {
         state.last = now;
         let rate = f64::from(mib_s) * (1 << 20) as f64;
         let most = (MAX_CHUNKS as u64 * CHUNK) as f64;
-        state.due = if mib_s == 0 { 0.0 } else { (state.due + elapsed * rate).min(most) };
+        state.due = if mib_s == 0 {
+            0.0
+        } else {
+            (state.due + elapsed * rate).min(most)
+        };
         let settled = match &state.batch {
             Some(Batch { sums: None, .. }) => return Vec::new(),
             Some(batch) => {
@@ -251,7 +255,12 @@ mod tests {
     fn read(audit: &DiskAudit) {
         let mut state = lock(&audit.state);
         let batch = state.batch.as_mut().unwrap();
-        batch.sums = Some(batch.chunks().map(|(offset, _)| Some((offset / CHUNK) as u32)).collect());
+        batch.sums = Some(
+            batch
+                .chunks()
+                .map(|(offset, _)| Some((offset / CHUNK) as u32))
+                .collect(),
+        );
     }
 
     fn zero(offset: u64, len: u64) -> DiskChange {
@@ -270,7 +279,11 @@ mod tests {
         assert_eq!(turn(&audit), []);
         for _ in 0..4 {
             read(&audit);
-            seen.extend(turn(&audit).iter().map(|sum| (sum.disk, sum.offset, u64::from(sum.len))));
+            seen.extend(
+                turn(&audit)
+                    .iter()
+                    .map(|sum| (sum.disk, sum.offset, u64::from(sum.len))),
+            );
         }
         let mut expected: Vec<_> = (0..MAX_CHUNKS as u64 + 1).map(|n| (1, n * CHUNK, CHUNK)).collect();
         expected.extend([(1, long - 512, 512), (2, 0, CHUNK)]);

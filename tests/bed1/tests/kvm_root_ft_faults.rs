@@ -48,6 +48,28 @@ fn kvm_root_r6_a_flipped_bit_in_the_shadows_ram_is_found() -> Result<()> {
 }
 
 #[test]
+fn kvm_root_r6_a_flipped_bit_on_the_shadows_disk_is_found() -> Result<()> {
+    let mut pair = proxied()?;
+    pair.primary.vmm.remote(&["ft", "config", "audit_disk_mib_s=512"])?;
+    let rounds = |pair: &Proxied| Ok::<_, anyhow::Error>(pair.primary.vmm.ft_info()?["audit"]["disk_rounds"].as_u64());
+    let before = rounds(&pair)?;
+    while rounds(&pair)? < before.map(|n| n + 2) {
+        pair.still_protected()?;
+    }
+    let at = pair.backup.flip_disk_bit()?;
+    pair.primary.vmm.wait_ft_state("failed", LIMIT)?;
+    let reason = pair.primary.vmm.ft_info()?["reason"].to_string();
+    let chunk = at / 65536 * 65536;
+    ensure!(
+        reason.contains(&format!("audit: disk _disk0 at {chunk:#x}, 65536 bytes, is not")),
+        "{reason}"
+    );
+    pair.loads.wait_progress(5)?;
+    let disk = pair.primary.disk.clone();
+    pair.loads.verify(&disk).map(drop)
+}
+
+#[test]
 fn kvm_root_silence_both_ways_leaves_one_side() -> Result<()> {
     let mut pair = proxied()?;
     pair.proxy.forward().stall(true);

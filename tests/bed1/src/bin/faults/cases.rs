@@ -84,6 +84,11 @@ pub fn all() -> Vec<Case> {
             shadow_ram_flipped,
         ),
         case(
+            "bit-flip-on-shadow-disk",
+            "the audit names disk and place, the primary goes on unprotected",
+            shadow_disk_flipped,
+        ),
+        case(
             "bit-flip-to-backup",
             "the damage is named, exactly one side goes on",
             |_| flipped(true),
@@ -273,7 +278,7 @@ fn over_slow_link(load: &loads::Options) -> Outcome {
         ("run_percent", info["run_percent"].as_f64().unwrap_or_default()),
         (
             "audited_mib",
-            info["audited_bytes"].as_f64().unwrap_or_default() / (1 << 20) as f64,
+            info["audit"]["ram_bytes"].as_f64().unwrap_or_default() / (1 << 20) as f64,
         ),
     ];
     // Nothing that is under way is lost when the primary dies.
@@ -287,9 +292,26 @@ fn over_slow_link(load: &loads::Options) -> Outcome {
 }
 
 fn shadow_ram_flipped(_: &Counts) -> Outcome {
+    let flip = |backup: &Host| {
+        backup.vmm.flip_ram_bit()?;
+        Ok("audit: the RAM page at 0x".to_string())
+    };
+    shadow_flipped("audit_mib_s=512", flip)
+}
+
+fn shadow_disk_flipped(_: &Counts) -> Outcome {
+    let flip = |backup: &Host| {
+        let chunk = backup.flip_disk_bit()? / 65536 * 65536;
+        Ok(format!("audit: disk _disk0 at {chunk:#x}, 65536 bytes, is not"))
+    };
+    shadow_flipped("audit_disk_mib_s=512", flip)
+}
+
+/// `flip` tells what the reason must name.
+fn shadow_flipped(rate: &str, flip: impl Fn(&Host) -> Result<String>) -> Outcome {
     let mut p = pair()?;
-    p.primary.vmm.remote(&["ft", "config", "audit_mib_s=512"])?;
-    p.backup.vmm.flip_ram_bit()?;
+    p.primary.vmm.remote(&["ft", "config", rate])?;
+    let named = flip(&p.backup)?;
     let moment = Instant::now();
     p.backup.vmm.wait_ft_state("failed", LIMIT)?;
     let found_ms = moment.elapsed().as_secs_f64() * 1e3;
@@ -298,10 +320,7 @@ fn shadow_ram_flipped(_: &Counts) -> Outcome {
         .as_str()
         .unwrap_or_default()
         .to_string();
-    ensure!(
-        reason.contains("audit: the RAM page at 0x"),
-        "R6: the reason does not name it: {reason}"
-    );
+    ensure!(reason.contains(&named), "R6: the reason does not name it: {reason}");
     failover::after(moment, &mut p.primary, &p.loads)?;
     p.loads.verify(&p.primary.disk)?;
     Ok((
@@ -317,7 +336,9 @@ fn flipped(forward: bool) -> Outcome {
     let (who, takeover) = one_goes_on(&mut p, moment)?;
     let named = |host: &Host| {
         let log = std::fs::read_to_string(p.bed.dir.join(format!("{}.log", host.vmm.name))).unwrap_or_default();
-        log.lines().find(|line| line.contains("checksum")).map(str::to_string)
+        log.lines()
+            .find(|line| line.contains("frame number"))
+            .map(str::to_string)
     };
     let finder = if forward { &p.backup } else { &p.primary };
     let line = named(finder).context("R6: the damage is not named")?;
