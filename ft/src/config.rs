@@ -4,7 +4,7 @@ mod audit;
 
 use std::path::PathBuf;
 
-pub use audit::FtAuditInfo;
+pub use audit::{FtAudit, FtAuditInfo};
 use serde::{Deserialize, Serialize};
 
 /// Body of PUT vm.ft-receive: wait for a primary.
@@ -109,6 +109,9 @@ pub struct FtEnableConfig {
     /// What flushes survive.
     #[serde(default)]
     pub durability: FtDurability,
+    /// What becomes of a shadow that is found to differ.
+    #[serde(default)]
+    pub audit: FtAudit,
     /// Limits; can be changed later with vm.ft-config.
     #[serde(default)]
     pub limits: FtLimits,

@@ -2,8 +2,8 @@
 
 #![allow(clippy::unwrap_used)]
 
-use ft::audit::{ChunkSum, PageSum};
-use ft::config::{FtDurability, FtLimits};
+use ft::audit::{ChunkSum, Mismatch, PageSum, Place};
+use ft::config::{FtAudit, FtDurability, FtLimits};
 use ft::core::staging::Staging;
 use ft::machine::{DiskChange, DiskIdentity, Identity, Input, Output, PAGE_SIZE, PageRun, Refusal};
 use ft::wire::frame::{EndMarker, Frame, OutFrame, encode};
@@ -116,7 +116,17 @@ fn marker() -> impl Strategy<Value = EndMarker> {
         audited: n[8],
         line_pages: n[9],
         audited_chunks: n[10],
+        anew: n[0] % 2 == 0,
     })
+}
+
+fn mismatch() -> impl Strategy<Value = Mismatch> {
+    let chunk = |ChunkSum { disk, offset, len, .. }| Place::Chunk { disk, offset, len };
+    let place = prop_oneof![
+        any::<u64>().prop_map(|gpa| Place::Page { gpa }),
+        chunk_sum().prop_map(chunk)
+    ];
+    (place, any::<u32>(), any::<u32>()).prop_map(|(place, found, expected)| Mismatch { place, found, expected })
 }
 
 fn chunk_sum() -> impl Strategy<Value = ChunkSum> {
@@ -146,6 +156,7 @@ fn frame() -> impl Strategy<Value = Frame> {
                 store,
                 token,
                 durability: FtDurability::DiskOfBoth,
+                audit: FtAudit::Repair,
                 limits,
             }))
         }),
@@ -155,6 +166,7 @@ fn frame() -> impl Strategy<Value = Frame> {
             Frame::Audit { epoch, sums }
         }),
         (any::<u64>(), vec(chunk_sum(), 1..17)).prop_map(|(epoch, sums)| Frame::DiskAudit { epoch, sums }),
+        vec(mismatch(), 1..17).prop_map(Frame::Mismatch),
         ".{0,40}".prop_map(Frame::Accept),
         (".{0,40}", ".{0,40}").prop_map(|(code, message)| Frame::Refuse(Refusal { code, message })),
         (any::<u64>(), runs(3), any::<u8>()).prop_map(|(epoch, runs, fill)| {
@@ -370,7 +382,7 @@ fn r6_an_epoch_has_so_many_checksums_of_a_disk_at_most_and_of_such_pieces() {
     let mut staging = Staging::new(&identity, 4096);
     for wrong in [
         sum(0, 0, 0),
-        sum(0, 0, (64 << 10) + 1),
+        sum(0, 0, 4097),
         sum(0, (1 << 20) - 1, 2),
         sum(0, u64::MAX, 1),
         sum(1, 0, 1),
@@ -378,15 +390,15 @@ fn r6_an_epoch_has_so_many_checksums_of_a_disk_at_most_and_of_such_pieces() {
     ] {
         assert!(staging.disk_audit(1, vec![wrong]).is_err(), "{wrong:?}");
     }
-    assert!(staging.disk_audit(1, vec![sum(0, 0, 64 << 10); 16]).is_ok());
+    assert!(staging.disk_audit(1, vec![sum(0, 0, 4096); 256]).is_ok());
     assert!(staging.disk_audit(1, vec![sum(0, 0, 1)]).is_err());
     let marker = |audited_chunks| EndMarker {
         epoch: 1,
         audited_chunks,
         ..EndMarker::default()
     };
-    assert!(staging.end(&marker(15)).is_err());
-    assert!(staging.end(&marker(16)).is_ok());
+    assert!(staging.end(&marker(255)).is_err());
+    assert!(staging.end(&marker(256)).is_ok());
 }
 
 #[test]

@@ -15,11 +15,12 @@ use super::ChunkSum;
 use crate::machine::{DiskChange, Identity, Protected};
 use crate::primary::session::lock;
 
-/// Bytes of a disk that are compared at a time.
-pub const CHUNK: u64 = 64 << 10;
+/// Bytes of a disk that are compared at a time. Small: what lies beside a block that the guest writes all the time is to
+/// be compared as well.
+pub const CHUNK: u64 = 4096;
 
 /// Most chunks that go with an epoch: the backup reads them before it goes on.
-pub const MAX_CHUNKS: usize = 16;
+pub const MAX_CHUNKS: usize = 256;
 
 /// Some consecutive chunks of one disk.
 #[derive(Debug)]

@@ -47,7 +47,7 @@ impl Session {
     /// The report.
     pub(super) fn info(&self) -> FtInfo {
         let core = lock(&self.core);
-        let (status, times) = (core.status(), core.times());
+        let (status, times, (mismatches, repairs)) = (core.status(), core.times(), core.audit_counts());
         drop(core);
         let mut info = FtInfo::disabled();
         info.role = if status.state == FtState::Solo {
@@ -71,6 +71,8 @@ impl Session {
         info.progress.disk_bytes_sent = measures.disk;
         info.bytes_sent = measures.received;
         info.audit = measures.audit;
+        info.audit.policy = self.hello.audit;
+        (info.audit.mismatches, info.audit.repairs) = (mismatches, repairs);
         info.epoch_bytes = measures.epoch_bytes.report();
         let since = |from: u64, to: u64| to.saturating_sub(from) as f64 / 1e6;
         if times.detected > 0 {

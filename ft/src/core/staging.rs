@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use thiserror::Error;
 
 use crate::audit::disk::{CHUNK, MAX_CHUNKS};
-use crate::audit::{ChunkSum, PageSum};
+use crate::audit::{ChunkSum, PageSum, Place};
 use crate::machine::{DiskChange, Identity, Input, Output, PAGE_SIZE, PageRun};
 use crate::wire::frame::EndMarker;
 use crate::wire::lines::PageLines;
@@ -97,6 +97,8 @@ pub struct StagedEpoch {
     pub audit: Vec<PageSum>,
     /// The same for pieces of its disks.
     pub disk_audit: Vec<ChunkSum>,
+    /// They are of places that it sends anew, and of no others.
+    pub anew: bool,
     /// The saved state at its end.
     pub state: Vec<u8>,
     /// Nanoseconds from the checkpoint to the sending of its end marker.
@@ -180,6 +182,22 @@ impl Staging {
             DiskChange::Flush => (0, 0),
         };
         self.check_range(disk, offset, len)
+    }
+
+    /// Checks that a place can be compared.
+    pub fn check_place(&self, place: &Place) -> Result<(), StagingError> {
+        match *place {
+            Place::Page { gpa } => self.check_pages(&[PageRun { gpa, count: 1 }]),
+            Place::Chunk { disk, offset, len } => {
+                let len = u64::from(len);
+                self.check_range(disk, offset, len)?;
+                if (1..=CHUNK).contains(&len) {
+                    Ok(())
+                } else {
+                    Err(StagingError::Disk { disk, offset, len })
+                }
+            }
+        }
     }
 
     fn check_range(&self, disk: u16, offset: u64, len: u64) -> Result<(), StagingError> {
@@ -307,8 +325,7 @@ impl Staging {
     /// Checksums of pages.
     pub fn audit(&mut self, epoch: u64, sums: Vec<PageSum>) -> Result<(), StagingError> {
         for sum in &sums {
-            let (gpa, count) = (sum.gpa, 1);
-            self.check_pages(&[PageRun { gpa, count }])?;
+            self.check_place(&Place::Page { gpa: sum.gpa })?;
         }
         let limit = self.pages_limit;
         let staged = self.epoch(epoch)?;
@@ -323,11 +340,8 @@ impl Staging {
     /// Checksums of pieces of disks.
     pub fn disk_audit(&mut self, epoch: u64, sums: Vec<ChunkSum>) -> Result<(), StagingError> {
         for sum in &sums {
-            let (disk, offset, len) = (sum.disk, sum.offset, u64::from(sum.len));
-            self.check_range(disk, offset, len)?;
-            if !(1..=CHUNK).contains(&len) {
-                return Err(StagingError::Disk { disk, offset, len });
-            }
+            let ChunkSum { disk, offset, len, .. } = *sum;
+            self.check_place(&Place::Chunk { disk, offset, len })?;
         }
         let staged = self.epoch(epoch)?;
         if staged.disk_audit.len() + sums.len() > MAX_CHUNKS {
@@ -382,7 +396,7 @@ impl Staging {
                 });
             }
         }
-        staged.age_ns = marker.age_ns;
+        (staged.age_ns, staged.anew) = (marker.age_ns, marker.anew);
         let whole = (staged.bytes(), staged.flushes);
         self.whole = epoch;
         Ok(whole)

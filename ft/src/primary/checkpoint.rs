@@ -61,6 +61,7 @@ impl Controller {
     pub(super) fn checkpoint(&mut self, begin: Instant) -> Result<(), BeginError> {
         let session = self.session.clone();
         let machine = &session.machine;
+        let anew = self.send_anew()?;
         let cut = session.interposer.cut();
         let epoch_time = begin.saturating_duration_since(self.epoch_began);
         self.copy_written()?;
@@ -74,12 +75,13 @@ impl Controller {
             let limits = lock(&session.limits);
             (limits.audit_mib_s, limits.audit_disk_mib_s)
         };
-        let chunks = session.log.audit.turn(audit_disk_mib_s);
+        let mut chunks = session.log.audit.turn(audit_disk_mib_s);
         let taken = Instant::now();
         let lag = bytes as u64 + self.state_len + cut.held + cut.logged;
         self.drive(Event::Checkpointed {
             bytes: lag,
             dirty_bytes: bytes as u64,
+            anew: anew.places(),
         });
         self.perform_first(&Action::Resume);
         let pause = begin.elapsed();
@@ -95,7 +97,11 @@ impl Controller {
                 },
             );
         }
-        let sums = self.auditor.settle(|gpa| self.stage.contains(gpa));
+        let mut sums = self.auditor.settle(|gpa| self.stage.contains(gpa));
+        let places = anew.places();
+        if places > 0 {
+            (sums, chunks) = (anew.pages, anew.chunks);
+        }
         if lock(&session.core).sends() {
             let state = state()?;
             self.state_len = state.len() as u64;
@@ -105,6 +111,7 @@ impl Controller {
                 inputs,
                 audited: sums.len() as u64,
                 audited_chunks: chunks.len() as u64,
+                anew: places > 0,
                 state_len: self.state_len,
                 ..Default::default()
             };
@@ -115,7 +122,10 @@ impl Controller {
             frames.extend(frame::state(cut.epoch, &state));
             self.send(marker, frames, taken, cut.logged)?;
             let rounds = self.auditor.rounds();
-            lock(&session.metrics).audited(&sums, &chunks, rounds);
+            let mut metrics = lock(&session.metrics);
+            metrics.audited(&sums, &chunks, rounds);
+            metrics.sent_anew(places);
+            drop(metrics);
             self.auditor.look(machine.as_ref(), audit_mib_s)?;
         }
         Ok(())

@@ -126,6 +126,7 @@ pub(super) fn connect(
         token,
         limits: config.limits.clone(),
         durability: config.durability,
+        audit: config.audit,
     };
     let timeouts = stream
         .set_write_timeout(Some(CONNECT_TIMEOUT))
@@ -159,6 +160,7 @@ pub(super) fn connect(
         transport,
         generation,
         durability: config.durability,
+        audit: config.audit,
         limits: config.limits,
         outbox,
         clock,

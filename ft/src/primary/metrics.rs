@@ -62,6 +62,16 @@ impl Metrics {
         self.audit.ram_rounds = ram_rounds;
     }
 
+    /// The backup found so many places wrong.
+    pub fn mismatches(&mut self, places: u64) {
+        self.audit.mismatches += places;
+    }
+
+    /// So many places were sent anew.
+    pub fn sent_anew(&mut self, places: u64) {
+        self.audit.repairs += places;
+    }
+
     /// Everything of it is sent.
     pub fn sent(&mut self, number: u64, bytes: u64) {
         self.epoch_bytes.add(bytes as f64);

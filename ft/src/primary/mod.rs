@@ -3,7 +3,7 @@
 //! * [`enable`] connects, shakes hands and starts the threads; [`Primary`] is the operator's handle;
 //! * `session`: what the threads share: the protocol core and who performs its actions;
 //! * `controller`: the thread that copies (pre-copy, checkpoints) and that alone pauses and resumes the VM;
-//! * `precopy`, `checkpoint`: what it does in the two stages;
+//! * `precopy`, `checkpoint`: what it does in the two stages; `repair`: what it sends anew;
 //! * `metrics`: measures for `ft info`.
 //!
 //! Threads: controller; sender (writes what device workers post); receiver (acknowledgements: it releases outputs
@@ -15,6 +15,7 @@ pub mod controller;
 mod handshake;
 pub mod metrics;
 pub mod precopy;
+mod repair;
 pub mod session;
 mod stage;
 

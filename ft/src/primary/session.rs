@@ -10,9 +10,9 @@ use std::time::Duration;
 
 use sandbox::ThreadKind;
 
-use crate::arbiter::{Arbiter, Verdict};
+use crate::arbiter::{Arbiter, answer_of};
 use crate::audit::disk::DiskAudit;
-use crate::config::{FtDurability, FtInfo, FtLimits, FtRole, FtState};
+use crate::config::{FtAudit, FtDurability, FtInfo, FtLimits, FtRole, FtState};
 use crate::core::arbitration::Answer;
 use crate::core::primary::{Action, Event, FromBackup, PrimaryState, ToBackup};
 use crate::core::{MAX_IN_FLIGHT, Nanos};
@@ -21,6 +21,7 @@ use crate::interposer::{Interposer, LogSink};
 use crate::machine::{DiskChange, Identity, Protected};
 use crate::outbox::{Clock, Outbox};
 use crate::primary::metrics::Metrics;
+use crate::primary::repair::Repairs;
 use crate::transport::Stream;
 use crate::wire::frame::{self, Frame, encode};
 use crate::wire::reader::FrameReader;
@@ -45,6 +46,7 @@ pub struct SessionParts {
     pub(super) peer: String,
     pub(super) transport: String,
     pub(super) durability: FtDurability,
+    pub(super) audit: FtAudit,
     pub(super) generation: u64,
     pub(super) limits: FtLimits,
     pub(super) outbox: Outbox,
@@ -102,6 +104,8 @@ pub struct Session {
     peer: String,
     transport: String,
     durability: FtDurability,
+    pub(super) audit: FtAudit,
+    pub(super) repairs: Repairs,
     pub(super) core: Mutex<PrimaryState>,
     announced: Mutex<Option<Status>>,
     /// The VM was stopped for good. Only then the state says so: whoever reads `stopped` may count on it (R4).
@@ -155,6 +159,8 @@ impl Session {
                 peer: parts.peer,
                 transport: parts.transport,
                 durability: parts.durability,
+                audit: parts.audit,
+                repairs: Repairs::default(),
                 core: Mutex::new(core),
                 announced: Mutex::new(None),
                 stopped: AtomicBool::new(false),
@@ -409,6 +415,10 @@ impl Session {
                 Frame::HandedOver(generation) => FromBackup::HandedOver(generation),
                 Frame::HandoverFailed { generation, reason } => FromBackup::HandoverFailed { generation, reason },
                 Frame::Bye(reason) => FromBackup::Bye(reason),
+                Frame::Mismatch(wrong) => match self.note_mismatch(&wrong) {
+                    Ok(message) => message,
+                    Err(reason) => return self.feed(Event::PeerLost(reason)),
+                },
                 _ => {
                     return self.feed(Event::PeerLost(
                         "the backup sent a frame that only a primary sends".into(),
@@ -461,7 +471,7 @@ impl Session {
     pub(super) fn info(&self) -> FtInfo {
         let mut info = FtInfo::disabled();
         lock(&self.metrics).report(&mut info);
-        info.audit.disk_rounds = self.log.audit.rounds();
+        (info.audit.policy, info.audit.disk_rounds) = (self.audit, self.log.audit.rounds());
         let status = self.status();
         let core = lock(&self.core);
         (info.lag_bytes, info.run_percent) = (core.lag(), core.percent());
@@ -481,14 +491,5 @@ impl Session {
         (info.outputs_waiting, _) = self.interposer.waiting();
         info.bytes_sent = self.outbox.bytes_written();
         info
-    }
-}
-
-/// The arbiter's answer, for the core.
-pub(crate) fn answer_of(answer: Result<Verdict, crate::arbiter::ArbiterError>) -> Answer {
-    match answer {
-        Ok(Verdict::Won) => Answer::Won,
-        Ok(Verdict::Lost { winner }) => Answer::Lost { winner },
-        Err(e) => Answer::Unknown { reason: e.to_string() },
     }
 }

@@ -6,8 +6,9 @@ use serde::de::DeserializeOwned;
 use super::frame::{DISK_FLUSH, DISK_UNMAP, DISK_WRITE, DISK_ZERO, Frame, Kind, OUTPUT_CONSOLE, OUTPUT_FRAME};
 use super::lines::PageLines;
 use super::{DecodeError, MAX_PAYLOAD, MAX_PIECE, header};
-use crate::audit::{ChunkSum, PageSum};
+use crate::audit::{ChunkSum, Mismatch, PageSum};
 use crate::config::FtLimits;
+use crate::core::backup::MAX_REPAIRS;
 use crate::machine::{DiskChange, Input, Output, PAGE_SIZE, PageRun};
 
 fn bad(kind: &'static str, reason: &'static str) -> DecodeError {
@@ -331,5 +332,9 @@ pub fn decode(kind: u8, flags: u8, payload: Vec<u8>) -> Result<Frame, DecodeErro
         Kind::Limits => limits(&payload).map(Frame::Limits),
         Kind::Audit => audit(&payload),
         Kind::DiskAudit => disk_audit(&payload),
+        Kind::Mismatch => match owned::<Vec<Mismatch>>("mismatch", &payload)? {
+            wrong if (1..=MAX_REPAIRS).contains(&wrong.len()) => Ok(Frame::Mismatch(wrong)),
+            _ => Err(bad("mismatch", "names no place, or too many")),
+        },
     }
 }

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use super::hello::Hello;
 use super::lines::PageLines;
 use super::{MAX_PIECE, header};
-use crate::audit::{ChunkSum, PageSum};
+use crate::audit::{ChunkSum, Mismatch, PageSum};
 use crate::config::FtLimits;
 use crate::machine::{DiskChange, Input, Output, PageRun, Refusal};
 
@@ -62,13 +62,15 @@ pub enum Kind {
     Lines = 21,
     /// Checksums of pieces of disks that the epoch leaves as they were.
     DiskAudit = 22,
+    /// Places of the shadow that are wrong.
+    Mismatch = 23,
 }
 
 impl Kind {
     /// From the header.
     pub fn from_byte(byte: u8) -> Option<Self> {
         use Kind::*;
-        const ALL: [Kind; 22] = [
+        const ALL: [Kind; 23] = [
             Heartbeat,
             Hello,
             Accept,
@@ -91,6 +93,7 @@ impl Kind {
             Audit,
             Lines,
             DiskAudit,
+            Mismatch,
         ];
         ALL.into_iter().find(|kind| *kind as u8 == byte)
     }
@@ -122,6 +125,8 @@ pub struct EndMarker {
     pub audited: u64,
     /// Checksums of pieces of disks.
     pub audited_chunks: u64,
+    /// The checksums are of places that the epoch sends anew, and of no others.
+    pub anew: bool,
     /// Bytes of saved state.
     pub state_len: u64,
     /// Nanoseconds from the checkpoint to the sending of this frame.
@@ -231,6 +236,8 @@ pub enum Frame {
         /// The checksums.
         sums: Vec<ChunkSum>,
     },
+    /// Places of the shadow that are not the primary's: to be sent anew.
+    Mismatch(Vec<Mismatch>),
 }
 
 /// A frame to be sent: `head` and `body` make the payload.
@@ -485,5 +492,6 @@ pub fn encode(frame: &Frame) -> Vec<OutFrame<'static>> {
         Frame::Limits(limits) => one(OutFrame::postcard(Kind::Limits, limits)),
         Frame::Audit { epoch, sums } => audit(*epoch, sums),
         Frame::DiskAudit { epoch, sums } => one(disk_audit(*epoch, sums)),
+        Frame::Mismatch(wrong) => one(OutFrame::postcard(Kind::Mismatch, wrong)),
     }
 }

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::config::{FtDurability, FtLimits};
+use crate::config::{FtAudit, FtDurability, FtLimits};
 use crate::machine::{Identity, Refusal};
 
 /// First frame of the primary.
@@ -24,6 +24,8 @@ pub struct Hello {
     pub limits: FtLimits,
     /// What flushes survive.
     pub durability: FtDurability,
+    /// What becomes of a shadow that differs.
+    pub audit: FtAudit,
 }
 
 /// Two hosts' TSC frequencies may differ by one part in so many: the kernel measures them anew at each boot.

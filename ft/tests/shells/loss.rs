@@ -8,7 +8,7 @@ use ft::config::FtState;
 use ft::machine::{Input, Output};
 
 use crate::bed::{Bed, eventually};
-use crate::fake::{BLOCK, FakeVm, PAGE, identity, lock};
+use crate::fake::{FakeVm, identity, lock};
 use crate::normal::busy_guest;
 
 fn busy_bed(bed: &mut Bed) -> (Arc<AtomicBool>, std::thread::JoinHandle<u64>) {
@@ -242,57 +242,6 @@ fn a_backup_whose_disk_fails_in_the_first_copy_says_so_and_waits_anew() {
     bed.wait_backup(FtState::Listening);
     bed.vm.count_and_send();
     eventually("output", || bed.vm.sent() == [1]);
-}
-
-#[test]
-fn r6_a_page_that_differs_from_the_primarys_ends_protection_by_its_address() {
-    let mut bed = Bed::new(FakeVm::new(identity("vm")));
-    bed.protect();
-    bed.vm.write_ram(3 * PAGE as u64, &[7; 64]);
-    let all = 128 * PAGE as u64;
-    eventually("an audit of all RAM", || bed.backup().info().audit.ram_bytes > 3 * all);
-    assert_eq!(bed.backup().info().state, FtState::Protected);
-    bed.vm.write_unlogged((1 << 20) + 5 * PAGE as u64, &[1]);
-    bed.wait_backup(FtState::Failed);
-    bed.wait_primary(FtState::Failed);
-    for reason in [bed.primary().info().reason, bed.backup().info().reason] {
-        let reason = reason.unwrap();
-        assert!(reason.contains("audit: the RAM page at 0x105000"), "{reason}");
-    }
-    bed.vm.count_and_send();
-    eventually("output", || bed.vm.sent() == [1]);
-}
-
-#[test]
-fn r6_a_disk_that_differs_from_the_primarys_ends_protection_by_its_name_and_place() {
-    let mut bed = Bed::new(FakeVm::new(identity("vm")));
-    bed.protect();
-    let size = 64 * BLOCK;
-    let mut n = 0u8;
-    let done = |bed: &Bed, rounds: u64| {
-        let (p, b) = (bed.primary().info().audit, bed.backup().info().audit);
-        p.disk_rounds >= rounds && b.disk_bytes >= 2 * size
-    };
-    eventually("two rounds through a disk that is being written", || {
-        n = n.wrapping_add(1);
-        bed.vm.write_disk(u64::from(n) * 1000, &[n; 900]);
-        bed.vm.zero_disk(u64::from(n) * 500, 100);
-        bed.vm.count_and_send();
-        done(&bed, 2)
-    });
-    assert_eq!(bed.backup().info().state, FtState::Protected);
-    assert_eq!(bed.backup().info().audit.disk_rounds, 0);
-    let before = bed.vm.sent().len();
-    bed.vm.write_disk_unlogged(size - 1, &[1]);
-    bed.wait_backup(FtState::Failed);
-    bed.wait_primary(FtState::Failed);
-    for reason in [bed.primary().info().reason, bed.backup().info().reason] {
-        let reason = reason.unwrap();
-        let named = "audit: disk _disk0 at 0x30000, 65536 bytes, is not the primary's (checksum 0x";
-        assert!(reason.contains(named), "{reason}");
-    }
-    bed.vm.count_and_send();
-    eventually("output", || bed.vm.sent().len() > before);
 }
 
 #[test]

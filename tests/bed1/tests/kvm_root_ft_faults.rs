@@ -59,9 +59,9 @@ fn kvm_root_r6_a_flipped_bit_on_the_shadows_disk_is_found() -> Result<()> {
     let at = pair.backup.flip_disk_bit()?;
     pair.primary.vmm.wait_ft_state("failed", LIMIT)?;
     let reason = pair.primary.vmm.ft_info()?["reason"].to_string();
-    let chunk = at / 65536 * 65536;
+    let chunk = at / 4096 * 4096;
     ensure!(
-        reason.contains(&format!("audit: disk _disk0 at {chunk:#x}, 65536 bytes, is not")),
+        reason.contains(&format!("audit: disk _disk0 at {chunk:#x}, 4096 bytes, is not")),
         "{reason}"
     );
     pair.loads.wait_progress(5)?;

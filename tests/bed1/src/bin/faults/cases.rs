@@ -301,8 +301,8 @@ fn shadow_ram_flipped(_: &Counts) -> Outcome {
 
 fn shadow_disk_flipped(_: &Counts) -> Outcome {
     let flip = |backup: &Host| {
-        let chunk = backup.flip_disk_bit()? / 65536 * 65536;
-        Ok(format!("audit: disk _disk0 at {chunk:#x}, 65536 bytes, is not"))
+        let chunk = backup.flip_disk_bit()? / 4096 * 4096;
+        Ok(format!("audit: disk _disk0 at {chunk:#x}, 4096 bytes, is not"))
     };
     shadow_flipped("audit_disk_mib_s=512", flip)
 }
