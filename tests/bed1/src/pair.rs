@@ -39,6 +39,8 @@ pub struct Options {
     pub tls: bool,
     /// Flush durability policy.
     pub durability: &'static str,
+    /// What becomes of a shadow that differs.
+    pub audit: &'static str,
 }
 
 impl Default for Options {
@@ -52,6 +54,7 @@ impl Default for Options {
             limits: Vec::new(),
             tls: false,
             durability: "memory-of-both",
+            audit: "stop",
         }
     }
 }
@@ -348,6 +351,8 @@ impl Bed {
             &arbiter,
             "--durability",
             self.options.durability,
+            "--audit",
+            self.options.audit,
             "--limits",
             &limit,
         ];

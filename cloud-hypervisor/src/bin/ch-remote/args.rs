@@ -194,6 +194,10 @@ pub struct Enable {
     /// power cut of both; flushes then wait for the backup's disk)
     #[arg(long, value_name = "POLICY", default_value = "memory-of-both", value_parser = ["memory-of-both", "disk-of-both"])]
     pub durability: String,
+    /// What becomes of a backup whose RAM or disk the audit finds to differ from the primary's: stop (it ends, the VM goes
+    /// on unprotected) or repair (the place is copied anew; the VM is not protected until then)
+    #[arg(long, value_name = "POLICY", default_value = "stop", value_parser = ["stop", "repair"])]
+    pub audit: String,
     /// Limits as for `ft config`, for example max_epoch_ms=50,precopy_mib_s=200
     #[arg(long, value_name = "KEY=VALUE", num_args = 1..)]
     pub limits: Vec<String>,

@@ -9,7 +9,7 @@ fn meaning(state: FtState) -> &'static str {
     match state {
         FtState::Disabled => "fault tolerance is off",
         FtState::Listening => "waits for a primary",
-        FtState::Syncing => "RAM and disks are being copied, not yet protected",
+        FtState::Syncing => "RAM and disks are being copied, not protected until then",
         FtState::Protected => "the backup can take over at any time",
         FtState::Solo => "the VM runs here without a backup: protect it again with `ft enable`",
         FtState::TakingOver => "the VM is being activated here",
@@ -99,6 +99,14 @@ pub fn table(info: &FtInfo) {
     };
     row("RAM audited", &audited(info.audit.ram_bytes, info.audit.ram_rounds));
     row("disks audited", &audited(info.audit.disk_bytes, info.audit.disk_rounds));
+    let (differed, anew) = (info.audit.mismatches, info.audit.repairs);
+    row(
+        "audit",
+        &format!(
+            "{}, {differed} places differed, {anew} copied anew",
+            info.audit.policy.name()
+        ),
+    );
     row("lag", &bytes(info.lag_bytes as f64));
     row("guest may run", &format!("{} % of the time", info.run_percent));
     for (name, value) in [
