@@ -70,6 +70,37 @@ fn kvm_root_r6_a_flipped_bit_on_the_shadows_disk_is_found() -> Result<()> {
 }
 
 #[test]
+fn kvm_root_r6_flipped_bits_are_repaired_and_the_takeover_is_exact() -> Result<()> {
+    let mut pair = Proxied::new(Options {
+        audit: "repair",
+        limits: ["audit_mib_s=512", "audit_disk_mib_s=512"].map(String::from).to_vec(),
+        ..Options::default()
+    })?;
+    pair.backup.vmm.flip_ram_bit()?;
+    pair.backup.flip_disk_bit()?;
+    for host in [&mut pair.primary, &mut pair.backup] {
+        host.vmm.wait_for("two repairs", LIMIT, |vmm| {
+            let info = vmm.ft_info()?;
+            Ok(info["audit"]["repairs"] == 2 && info["state"] == "protected")
+        })?;
+        let events = std::fs::read_to_string(host.vmm.events())?;
+        for named in ["audit: the RAM page at 0x", "audit: disk _disk0 at 0x"] {
+            ensure!(events.contains(named), "{}: `{named}` is in no event", host.vmm.name);
+        }
+    }
+    pair.loads.wait_progress(20)?;
+    failover::kill(&mut pair.primary, &mut pair.backup, &pair.loads)?;
+    let disk = pair.backup.disk.clone();
+    pair.loads.verify(&disk)?;
+    let last = |disk| Ok::<_, std::io::Error>(std::fs::read(disk)?.pop());
+    ensure!(
+        last(&pair.backup.disk)? == last(&pair.primary.disk)?,
+        "the flipped bit is still on the disk"
+    );
+    Ok(())
+}
+
+#[test]
 fn kvm_root_silence_both_ways_leaves_one_side() -> Result<()> {
     let mut pair = proxied()?;
     pair.proxy.forward().stall(true);

@@ -89,6 +89,11 @@ pub fn all() -> Vec<Case> {
             shadow_disk_flipped,
         ),
         case(
+            "bit-flips-repaired",
+            "with audit=repair both places are copied anew, then a takeover is exact",
+            flips_repaired,
+        ),
+        case(
             "bit-flip-to-backup",
             "the damage is named, exactly one side goes on",
             |_| flipped(true),
@@ -327,6 +332,29 @@ fn shadow_flipped(rate: &str, flip: impl Fn(&Host) -> Result<String>) -> Outcome
         format!("primary runs on, {}; `{reason}`", finish(&mut p)?),
         vec![("found_ms", found_ms)],
     ))
+}
+
+fn flips_repaired(_: &Counts) -> Outcome {
+    let mut p = Proxied::new(Options {
+        audit: "repair",
+        limits: ["audit_mib_s=512", "audit_disk_mib_s=512"].map(String::from).to_vec(),
+        ..options()
+    })?;
+    p.backup.vmm.flip_ram_bit()?;
+    p.backup.flip_disk_bit()?;
+    let moment = Instant::now();
+    for host in [&mut p.primary, &mut p.backup] {
+        host.vmm.wait_for("two repairs", LIMIT, |vmm| {
+            let info = vmm.ft_info()?;
+            Ok(info["audit"]["repairs"] == 2 && info["state"] == "protected")
+        })?;
+    }
+    let mended_ms = moment.elapsed().as_secs_f64() * 1e3;
+    let mut figures = vec![("mended_ms", mended_ms)];
+    let takeover = failover::kill(&mut p.primary, &mut p.backup, &p.loads)?;
+    p.loads.verify(&p.backup.disk)?;
+    figures.push(("gap_ms", takeover.gap_ms));
+    Ok((format!("mended, then backup solo, {}", finish(&mut p)?), figures))
 }
 
 fn flipped(forward: bool) -> Outcome {
