@@ -7,7 +7,7 @@ use std::time::Duration;
 use super::session::Session;
 use crate::audit;
 use crate::core::Nanos;
-use crate::core::backup::{Compared, Event};
+use crate::core::backup::{Compared, Event, MAX_REPAIRS};
 use crate::core::staging::StagedEpoch;
 use crate::machine::{DiskChange, MachineError, Output, PAGE_SIZE, Shadow, Takeover};
 use crate::primary::session::lock;
@@ -111,7 +111,7 @@ fn compare(session: &Session, shadow: &dyn Shadow, staged: &StagedEpoch) -> Resu
     let disks = &session.hello.identity.disks;
     let (wrong, right) = audit::compare(shadow, disks, pages, chunks)?;
     lock(&session.measures).audit.add(pages, chunks);
-    for mismatch in &wrong {
+    for mismatch in wrong.iter().take(MAX_REPAIRS) {
         log::error!("ft: {}", audit::describe(std::slice::from_ref(mismatch), disks));
     }
     let (what, anew) = (audit::describe(&wrong, disks), staged.anew);

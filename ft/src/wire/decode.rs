@@ -266,6 +266,23 @@ fn disk_audit(payload: &[u8]) -> Result<Frame, DecodeError> {
     Ok(Frame::DiskAudit { epoch, sums })
 }
 
+/// Most bytes of one place of `mismatch`.
+const MISMATCH: usize = 32;
+
+fn mismatch(payload: &[u8]) -> Result<Frame, DecodeError> {
+    let kind = "mismatch";
+    let wrong: Vec<Mismatch> = if payload.len() > MISMATCH * MAX_REPAIRS {
+        Vec::new()
+    } else {
+        owned(kind, payload)?
+    };
+    if (1..=MAX_REPAIRS).contains(&wrong.len()) {
+        Ok(Frame::Mismatch(wrong))
+    } else {
+        Err(bad(kind, "names no place, or too many"))
+    }
+}
+
 /// Decodes a payload.
 pub fn decode(kind: u8, flags: u8, payload: Vec<u8>) -> Result<Frame, DecodeError> {
     let known = Kind::from_byte(kind).ok_or(DecodeError::Kind(kind))?;
@@ -332,9 +349,6 @@ pub fn decode(kind: u8, flags: u8, payload: Vec<u8>) -> Result<Frame, DecodeErro
         Kind::Limits => limits(&payload).map(Frame::Limits),
         Kind::Audit => audit(&payload),
         Kind::DiskAudit => disk_audit(&payload),
-        Kind::Mismatch => match owned::<Vec<Mismatch>>("mismatch", &payload)? {
-            wrong if (1..=MAX_REPAIRS).contains(&wrong.len()) => Ok(Frame::Mismatch(wrong)),
-            _ => Err(bad("mismatch", "names no place, or too many")),
-        },
+        Kind::Mismatch => mismatch(&payload),
     }
 }
