@@ -131,7 +131,10 @@ impl World {
             }
             match self.s.b.flips.get_mut(&i) {
                 Some(flip) => flip.known = true,
-                None => self.violated("R6", format!("{place:?} is called wrong, and is not")),
+                None => {
+                    let rule = if i < PAGES { "R2" } else { "R3" };
+                    self.violated(rule, format!("{place:?} is not the primary's, and no bit of it flipped"));
+                }
             }
             self.count("flips found", 1);
             wrong.push(Mismatch { place, found, expected });
