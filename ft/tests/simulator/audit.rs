@@ -133,7 +133,10 @@ impl World {
                 Some(flip) => flip.known = true,
                 None => {
                     let rule = if i < PAGES { "R2" } else { "R3" };
-                    self.violated(rule, format!("{place:?} is not the primary's, and no bit of it flipped"));
+                    self.violated(
+                        rule,
+                        format!("{place:?} is not the primary's, and no bit of it flipped"),
+                    );
                 }
             }
             self.count("flips found", 1);

@@ -115,15 +115,10 @@ impl BackupState {
             Phase::Stopped => FtState::Stopped,
             Phase::Failed => FtState::Failed,
         };
-        let trouble = match &self.phase {
-            Phase::Arbitrating { arbitration, .. } => arbitration.trouble(),
-            _ => None,
-        };
-        let damage = || (self.takes_data() && self.is_damaged()).then(|| self.damage.what.clone());
-        let known = self.reason.clone().or_else(damage);
-        let reason = match (&known, trouble) {
-            (Some(reason), Some(trouble)) => Some(format!("{reason}; no answer yet: {trouble}")),
-            (reason, _) => reason.clone(),
+        let reason = match &self.phase {
+            Phase::Arbitrating { arbitration, .. } => arbitration.explain(self.reason.clone()),
+            Phase::Armed if self.is_damaged() => Some(self.damage.what.clone()),
+            _ => self.reason.clone(),
         };
         Status {
             state,

@@ -265,15 +265,10 @@ impl PrimaryState {
             Phase::Arbitrating { .. } => FtState::WaitingForArbiter,
             Phase::Ended(state) => *state,
         };
-        let trouble = match &self.phase {
-            Phase::Arbitrating { arbitration, .. } => arbitration.trouble(),
-            _ => None,
-        };
-        let damage = || (!self.is_over() && !self.damage.is_none()).then(|| self.damage.what.clone());
-        let known = self.reason.clone().or_else(damage);
-        let reason = match (&known, trouble) {
-            (Some(reason), Some(trouble)) => Some(format!("{reason}; no answer yet: {trouble}")),
-            (reason, _) => reason.clone(),
+        let reason = match &self.phase {
+            Phase::Arbitrating { arbitration, .. } => arbitration.explain(self.reason.clone()),
+            Phase::Running if !self.damage.is_none() => Some(self.damage.what.clone()),
+            _ => self.reason.clone(),
         };
         Status {
             state,
