@@ -1,6 +1,7 @@
 //! [`Bed`]: the hosts, their disks and the arbiter; how a guest is booted, shadowed and protected.
 
 use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -42,6 +43,8 @@ pub struct Options {
     pub durability: &'static str,
     /// The spare host is used.
     pub spares: bool,
+    /// What becomes of a shadow that differs.
+    pub audit: &'static str,
 }
 
 impl Default for Options {
@@ -57,6 +60,7 @@ impl Default for Options {
             tls: false,
             durability: "memory-of-both",
             spares: false,
+            audit: "stop",
         }
     }
 }
@@ -100,6 +104,18 @@ pub struct Host {
     pub disk: PathBuf,
     /// Where it waits for a primary, when it is a backup.
     pub peer: String,
+}
+
+impl Host {
+    /// Changes one bit of its disk behind the VMM's back, in the last sector, which the guest reaches last; its offset.
+    pub fn flip_disk_bit(&self) -> Result<u64> {
+        let disk = File::options().read(true).write(true).open(&self.disk)?;
+        let at = disk.metadata()?.len() - 1;
+        let mut byte = [0];
+        disk.read_exact_at(&mut byte, at)?;
+        disk.write_all_at(&[byte[0] ^ 4], at)?;
+        Ok(at)
+    }
 }
 
 /// The hosts, the network between them, a directory for all files. One bed at a time in a process: two cores are no
@@ -366,6 +382,8 @@ impl Bed {
             &arbiter,
             "--durability",
             self.options.durability,
+            "--audit",
+            self.options.audit,
             "--limits",
             &limit,
         ];
