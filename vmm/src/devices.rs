@@ -9,7 +9,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::Read;
+use std::io::{self, Read};
 use std::ops::Deref;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
@@ -27,7 +27,7 @@ use pci::PciDevice;
 use pci::root::{self, Ecam, PciRoot, Ports, RootState, Window};
 use thiserror::Error;
 use virtio_devices::backend::ConsoleBackend;
-use virtio_devices::block::{self, BlockCounters, BlockOptions, DiskOptions};
+use virtio_devices::block::{self, BlockCounters, BlockOptions, DiskImage, DiskOptions};
 use virtio_devices::net::tap::{Tap, TapOptions};
 use virtio_devices::net::{NetCounters, NetOptions};
 use virtio_devices::{BAR_SIZE, Block, Console, Handle, Net, PciResources, Rng, VirtioState, vectors_for};
@@ -104,8 +104,19 @@ pub struct Disk {
     pub size: u64,
     /// The guest cannot write it.
     pub readonly: bool,
+    /// Until the disk is closed.
+    image: Mutex<Option<Arc<dyn DiskImage>>>,
     handle: Handle<Block>,
     counters: Arc<BlockCounters>,
+}
+
+impl Disk {
+    /// The image, which the device has open too. It is closed, and its lock given back, when the device is shut down
+    /// and nobody else keeps it.
+    pub fn image(&self) -> io::Result<Arc<dyn DiskImage>> {
+        let image = lock(&self.image).clone();
+        image.ok_or_else(|| io::Error::other(format!("disk {} is closed", self.id)))
+    }
 }
 
 impl Deref for Disk {
@@ -222,26 +233,22 @@ fn open_disk(config: &DiskConfig, ram: &GuestRam, slots: &mut Slots<'_>) -> Resu
         let path = path.display().to_string();
         return Err(Error::Image { id, path, format });
     }
-    let file = block::open(&DiskOptions {
+    let image = block::open(&DiskOptions {
         path: path.clone(),
         readonly: config.readonly,
         direct: config.direct,
         queue_size: config.queue_size,
     })
     .map_err(failed)?;
-    let backend = if config.disable_io_uring {
-        file.pool_backend()
-    } else {
-        file.backend(config.queue_size)
-    };
+    let backend = image.clone().backend(config.queue_size, config.disable_io_uring);
     let options = BlockOptions {
         readonly: config.readonly,
         serial: config.serial.clone().unwrap_or_else(|| id.clone()),
         queue_size: config.queue_size,
-        block_size: file.block_size(),
+        block_size: image.block_size(),
     };
     let block = Block::new(options, backend.map_err(failed)?);
-    let (size, counters) = (file.size(), block.counters());
+    let (size, counters) = (image.size(), block.counters());
     let resources = slots.take(&id, block::QUEUES)?;
     let handle = Handle::new(id.clone(), ram.memory().clone(), block, resources).map_err(failed)?;
     Ok(Disk {
@@ -249,6 +256,7 @@ fn open_disk(config: &DiskConfig, ram: &GuestRam, slots: &mut Slots<'_>) -> Resu
         path,
         size,
         readonly: config.readonly,
+        image: Mutex::new(Some(image)),
         handle,
         counters,
     })
@@ -554,6 +562,7 @@ impl DeviceManager {
         self.gate.open();
         drop(lock(&self.input).take());
         self.each(|d| d.shutdown());
+        self.disks.iter().for_each(|d| *lock(&d.image) = None);
     }
 }
 

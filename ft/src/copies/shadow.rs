@@ -107,22 +107,25 @@ impl ShadowCopy {
                 self.note(Sidecar::invalidate);
             }
         }
-        let Ok((_, doubtful)) = &mut self.known else { return };
-        let mut words = Vec::new();
+        self.note(Sidecar::touch);
         // With a record of the session that runs, its own changes are no doubts.
         if self.wanted.session.name.is_empty() {
-            for block in blocks_of(offset, len) {
-                let word = (block / 32) as usize;
-                if doubtful.insert(block) && words.last() != Some(&word) {
-                    words.push(word);
-                }
+            self.doubt(offset, len);
+        }
+    }
+
+    /// This range is not what it should be, or will not be.
+    pub fn doubt(&mut self, offset: u64, len: u64) {
+        let Ok((_, doubtful)) = &mut self.known else { return };
+        let mut words: Vec<(usize, u32)> = Vec::new();
+        for block in blocks_of(offset, len) {
+            let word = (block / 32) as usize;
+            if doubtful.insert(block) {
+                words.retain(|(other, _)| *other != word);
+                words.push((word, doubtful.words()[word]));
             }
         }
-        let words: Vec<(usize, u32)> = words.iter().map(|word| (*word, doubtful.words()[*word])).collect();
-        self.note(|sidecar| {
-            sidecar.touch()?;
-            words.iter().try_for_each(|(word, bits)| sidecar.set(*word, *bits))
-        });
+        self.note(|sidecar| words.iter().try_for_each(|(word, bits)| sidecar.set(*word, *bits)));
     }
 
     /// From now on it is the backup's copy of this session.

@@ -27,6 +27,7 @@ impl Session {
     pub(super) fn info(&self) -> FtInfo {
         let mut info = FtInfo::disabled();
         lock(&self.metrics).report(&mut info);
+        (info.audit.policy, info.audit.disk_rounds) = (self.audit, self.log.audit.rounds());
         let status = self.status();
         let core = lock(&self.core);
         (info.lag_bytes, info.run_percent) = (core.lag(), core.percent());
@@ -45,6 +46,7 @@ impl Session {
         info.limits = lock(&self.limits).clone();
         (info.outputs_waiting, _) = self.interposer.waiting();
         info.bytes_sent = self.outbox.bytes_written();
+        info.tell_spares(self.reprotect.as_ref());
         info
     }
 }

@@ -2,9 +2,10 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::config::{FtDurability, FtLimits};
+use crate::config::{FtAudit, FtDurability, FtLimits};
 use crate::copies::CopyClaim;
 use crate::machine::{Identity, Refusal};
+use crate::reprotect::Reprotect;
 
 /// First frame of the primary.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -25,6 +26,10 @@ pub struct Hello {
     pub limits: FtLimits,
     /// What flushes survive.
     pub durability: FtDurability,
+    /// How the VM finds its next backup by itself, if it is to.
+    pub reprotect: Option<Reprotect>,
+    /// What becomes of a shadow that differs.
+    pub audit: FtAudit,
 }
 
 /// The backup's answer when it takes the VM.

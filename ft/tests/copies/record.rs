@@ -168,3 +168,22 @@ fn r3_a_taken_over_disk_says_nothing_any_more() {
     history.refute();
     assert!(history.divergence().is_none());
 }
+
+#[test]
+fn r3_what_was_found_to_be_wrong_is_doubtful() {
+    let dir = tempfile::tempdir().unwrap();
+    let host = left(&dir);
+    let mut shadow = host.shadow();
+    shadow.claim();
+    shadow.synced(&SessionId {
+        name: "primary-2".into(),
+        generation: 3,
+    });
+    shadow.before_write(0, 3 * BLOCK);
+    shadow.doubt(7 * BLOCK + 5, BLOCK);
+    drop(shadow);
+    let CopyClaim::Known(claim) = host.shadow().claim() else {
+        panic!("no claim")
+    };
+    assert_eq!(claim.doubtful, [BlockRun { first: 7, count: 2 }]);
+}

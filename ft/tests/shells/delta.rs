@@ -183,7 +183,7 @@ fn r3_a_claim_that_is_wrong_is_found_by_its_sample() {
     lock(&bed.vm.history).clear();
     bed.protect();
     assert_eq!(skipped(&bed), 0);
-    assert!(lock(&bed.events).iter().any(|(_, event)| event == "disk_copy"));
+    assert!(lock(&bed.events).iter().any(|(_, event, _)| event == "disk_copy"));
     hand_over(&mut bed);
 }
 

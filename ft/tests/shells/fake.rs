@@ -161,6 +161,22 @@ impl FakeVm {
         self.run(|vm| lock(&vm.contents).ram[at..at + data.len()].copy_from_slice(data));
     }
 
+    /// A change of the disk that the log misses.
+    pub fn write_disk_unlogged(&self, offset: u64, data: &[u8]) {
+        self.run(|vm| lock(&vm.contents).disks[0][offset as usize..][..data.len()].copy_from_slice(data));
+    }
+
+    /// A bit of RAM flips by itself.
+    pub fn flip_ram(&self, gpa: u64) {
+        let at = self.offset(gpa, 1).unwrap();
+        lock(&self.contents).ram[at] ^= 0x10;
+    }
+
+    /// A bit of the disk flips by itself.
+    pub fn flip_disk(&self, offset: u64) {
+        lock(&self.contents).disks[0][offset as usize] ^= 0x10;
+    }
+
     /// The guest counts and sends the new value.
     pub fn count_and_send(&self) -> Option<u64> {
         self.run(|vm| {

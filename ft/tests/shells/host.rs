@@ -18,10 +18,13 @@ pub struct FakeHost {
     pub old_disk: Mutex<u8>,
     /// The image of its disk, which has that content then.
     pub image: Mutex<Option<std::path::PathBuf>>,
+    shadow: Mutex<Option<Arc<FakeVm>>>,
     pub live: Mutex<Vec<Arc<FakeVm>>>,
     pub discarded: Mutex<u32>,
     pub fail_activation: Mutex<bool>,
     pub fail_apply: Arc<Mutex<bool>>,
+    /// The disk's eighth byte is not what is written there.
+    pub stuck_disk: Mutex<bool>,
     pub slow_apply: Arc<Mutex<Duration>>,
     /// Disks that were flushed.
     pub flushes: Mutex<Vec<u16>>,
@@ -33,13 +36,20 @@ impl FakeHost {
             identity: Mutex::default(),
             old_disk: Mutex::new(0xdd),
             image: Mutex::default(),
+            shadow: Mutex::default(),
             live: Mutex::default(),
             discarded: Mutex::default(),
             fail_activation: Mutex::default(),
             fail_apply: Arc::default(),
+            stuck_disk: Mutex::default(),
             slow_apply: Arc::default(),
             flushes: Mutex::default(),
         })
+    }
+
+    /// Does something to the shadow that was built last, behind FT's back.
+    pub fn on_shadow(&self, op: impl Fn(&FakeVm)) {
+        op(lock(&self.shadow).as_ref().unwrap());
     }
 
     pub fn live(&self) -> Option<Arc<FakeVm>> {
@@ -60,6 +70,7 @@ impl ShadowHost for HostRef {
             ShadowImage::open(path, &vm.identity, bytes)
         };
         let image = lock(&self.0.image).as_ref().map(open);
+        *lock(&self.0.shadow) = Some(vm.clone());
         Ok(Box::new(FakeShadow {
             image,
             vm,
@@ -83,6 +94,10 @@ impl Shadow for FakeShadow {
         self.image.iter_mut().map(ShadowImage::claim).collect()
     }
 
+    fn doubt(&mut self, _disk: u16, offset: u64, len: u64) {
+        self.image.iter_mut().for_each(|image| image.doubt(offset, len));
+    }
+
     fn synced(&mut self, session: &SessionId) {
         self.image.iter_mut().for_each(|image| image.synced(session));
     }
@@ -96,6 +111,10 @@ impl Shadow for FakeShadow {
 
     fn read_memory(&self, gpa: u64, buf: &mut [u8]) -> Result<(), MachineError> {
         self.vm.read_memory(gpa, buf)
+    }
+
+    fn read_disk(&self, disk: u16, offset: u64, buf: &mut [u8]) -> Result<(), MachineError> {
+        self.vm.read_disk(disk, offset, buf)
     }
 
     fn apply_disk(&mut self, disk: u16, change: &DiskChange) -> Result<(), MachineError> {
@@ -112,6 +131,9 @@ impl Shadow for FakeShadow {
             DiskChange::Write { offset, data } => bytes[*offset as usize..][..data.len()].copy_from_slice(data),
             DiskChange::Zero { offset, len, .. } => bytes[*offset as usize..][..*len as usize].fill(0),
             DiskChange::Flush => self.host.flushes.lock().unwrap().push(disk),
+        }
+        if *lock(&self.host.stuck_disk) {
+            bytes[7] = 0xee;
         }
         Ok(())
     }

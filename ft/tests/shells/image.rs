@@ -91,6 +91,10 @@ impl ShadowImage {
         self.copy.claim()
     }
 
+    pub fn doubt(&mut self, offset: u64, len: u64) {
+        self.copy.doubt(offset, len);
+    }
+
     pub fn synced(&mut self, session: &SessionId) {
         self.copy.synced(session);
     }

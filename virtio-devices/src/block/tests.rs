@@ -4,6 +4,7 @@ use std::path::Path;
 
 use proptest::prelude::*;
 
+use super::file::{DiskFile, open_file};
 use super::uring::Uring;
 use super::*;
 use crate::testing::{BUFFERS, Driver, EVENT_IDX, clean, is_dirty, write_desc};
@@ -24,13 +25,13 @@ pub(super) fn options(readonly: bool) -> BlockOptions {
 }
 
 fn disk(path: &Path, readonly: bool, direct: bool) -> Arc<DiskFile> {
-    open(&DiskOptions {
+    let options = DiskOptions {
         path: path.into(),
         readonly,
         direct,
         queue_size: QUEUE,
-    })
-    .unwrap()
+    };
+    Arc::new(open_file(&options).unwrap())
 }
 
 pub(super) fn image() -> tempfile::NamedTempFile {
@@ -50,7 +51,7 @@ pub(super) fn devices(path: &Path, readonly: bool) -> [Box<dyn Fn() -> Block>; 2
         }),
         Box::new(move || {
             let file = disk(&other, readonly, false);
-            Block::new(options(readonly), file.pool_backend().unwrap())
+            Block::new(options(readonly), file.backend(QUEUE, true).unwrap())
         }),
     ]
 }
@@ -238,7 +239,7 @@ fn direct_io_takes_aligned_and_other_requests() {
     let image = image();
     let file = disk(image.path(), false, true);
     assert!(file.direct.is_some());
-    let mut driver = Driver::start(Block::new(options(false), file.backend(QUEUE).unwrap()), 0);
+    let mut driver = Driver::start(Block::new(options(false), file.backend(QUEUE, false).unwrap()), 0);
     for (address, sector, len) in [(DATA, 0, 0x2000u32), (DATA + 7, 16, 0x1000), (DATA + 512, 3, 512)] {
         let pattern: Vec<u8> = (0..len).map(|i| (i ^ sector as u32) as u8).collect();
         driver.put(address, &pattern);
@@ -326,7 +327,7 @@ fn a_file_that_is_no_disk_is_refused_by_name() {
     let mut text = tempfile::NamedTempFile::new().unwrap();
     text.write_all(b"short").unwrap();
     let file = disk(text.path(), true, false);
-    assert_eq!(Block::new(options(true), file.backend(QUEUE).unwrap()).size, 0);
+    assert_eq!(Block::new(options(true), file.backend(QUEUE, false).unwrap()).size, 0);
     let missing = open(&DiskOptions {
         path: "/nonexistent/disk".into(),
         readonly: true,

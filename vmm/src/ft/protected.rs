@@ -3,8 +3,6 @@
 //! Owned by FT's primary session. `wraps` is taken only by that session's threads and by [`Protected::release`]; it is
 //! taken before any device's lock, never after one.
 
-use std::fs::File;
-use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
@@ -17,6 +15,7 @@ use virtio_devices::backend::{BlockBackend, ConsoleBackend, NetBackend};
 use super::backends::{HeldConsole, HeldNet, Slot};
 use super::blocks::{ChangedBlocks, LoggedBlock, TrackedBlock};
 use super::histories::Histories;
+use crate::devices::Disk;
 use crate::interrupts::lock;
 use crate::vm::{Holder, Vm};
 
@@ -24,8 +23,15 @@ pub(super) fn machine_error(e: impl std::fmt::Display) -> MachineError {
     MachineError(e.to_string())
 }
 
+pub(super) fn no_disk(disk: u16) -> MachineError {
+    machine_error(format!("there is no disk {disk}"))
+}
+
 /// Full period of one slow-down cycle: the guest runs a share of it and stands still for the rest.
 const THROTTLE_PERIOD: Duration = Duration::from_millis(10);
+
+/// Pages that may be left writable all the time. All of them are copied in each pause (0.1 us each, about).
+const HOT_PAGES: usize = 1024;
 
 #[derive(Default)]
 struct Wraps {
@@ -35,7 +41,6 @@ struct Wraps {
 }
 
 struct DiskSide {
-    file: File,
     size: u64,
     readonly: bool,
     changed: Arc<ChangedBlocks>,
@@ -78,18 +83,14 @@ pub(super) fn identity(vm: &Vm) -> Result<Identity, MachineError> {
 
 impl ProtectedVm {
     /// Prepares `vm` for protection; nothing is changed in it yet. `histories` are those of its disks.
-    pub fn new(vm: Arc<Vm>, histories: Arc<Histories>) -> Result<Arc<Self>, MachineError> {
-        let mut disks = Vec::new();
-        for disk in vm.devices().disks() {
-            let file = File::open(&disk.path).map_err(|e| machine_error(format!("{}: {e}", disk.path.display())))?;
-            disks.push(DiskSide {
-                file,
-                size: disk.size,
-                readonly: disk.readonly,
-                changed: Arc::default(),
-            });
-        }
-        Ok(Arc::new(Self {
+    pub fn new(vm: Arc<Vm>, histories: Arc<Histories>) -> Arc<Self> {
+        let side = |disk: &Disk| DiskSide {
+            size: disk.size,
+            readonly: disk.readonly,
+            changed: Arc::default(),
+        };
+        let disks = vm.devices().disks().iter().map(side).collect();
+        Arc::new(Self {
             vm,
             disks,
             histories,
@@ -98,13 +99,11 @@ impl ProtectedVm {
                 percent: 100,
                 running: false,
             }))),
-        }))
+        })
     }
 
     fn disk(&self, disk: u16) -> Result<&DiskSide, MachineError> {
-        self.disks
-            .get(usize::from(disk))
-            .ok_or_else(|| machine_error(format!("there is no disk {disk}")))
+        self.disks.get(usize::from(disk)).ok_or_else(|| no_disk(disk))
     }
 
     fn unwrap_disks(&self, wraps: &mut Wraps) {
@@ -203,12 +202,21 @@ impl Protected for ProtectedVm {
         Ok(())
     }
 
+    fn hot_pages(&self, keep: bool, cold: &[u64]) -> Result<(), MachineError> {
+        let most = if keep { HOT_PAGES } else { 0 };
+        self.vm.kvm().keep_hot(most, cold).map_err(machine_error)
+    }
+
     fn read_memory(&self, gpa: u64, buf: &mut [u8]) -> Result<(), MachineError> {
         self.vm.ram().read(gpa, buf).map_err(machine_error)
     }
 
     fn read_disk(&self, disk: u16, offset: u64, buf: &mut [u8]) -> Result<(), MachineError> {
-        self.disk(disk)?.file.read_exact_at(buf, offset).map_err(machine_error)
+        let disks = self.vm.devices().disks();
+        let disk = disks.get(usize::from(disk)).ok_or_else(|| no_disk(disk))?;
+        disk.image()
+            .and_then(|image| image.read_at(offset, buf))
+            .map_err(machine_error)
     }
 
     fn harvest_dirty_blocks(&self, disk: u16, out: &mut Vec<(u64, u64)>) -> Result<(), MachineError> {

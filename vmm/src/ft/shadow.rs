@@ -3,8 +3,7 @@
 //! A shadow is a complete VM that was never started: RAM mapped, devices made, taps and disks open. Committed
 //! checkpoints go straight into its RAM and disks; activation loads the last state and lets it run.
 
-use std::fs::{File, OpenOptions};
-use std::os::unix::fs::FileExt;
+use std::fs::OpenOptions;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -15,9 +14,11 @@ use ft::machine::{
     DiskChange, Identity, Input, MachineError, Output, Protected, Refusal, Shadow, ShadowHost, Takeover,
 };
 
+use virtio_devices::block::DiskImage;
+
 use super::backends::{ReplayNet, transmit_all};
 use super::histories::{Histories, Kept};
-use super::protected::{ProtectedVm, identity, machine_error};
+use super::protected::{ProtectedVm, identity, machine_error, no_disk};
 use crate::state::VmState;
 use crate::vm::{Holder, Vm, VmContext};
 
@@ -122,22 +123,12 @@ impl ShadowHost for VmShadowHost {
             })
             .collect();
         let vm = Vm::new(config, Some(offered.vm_id.clone()), &self.context).map_err(|e| failed(&e))?;
-        let mut disks = Vec::new();
-        for disk in vm.devices().disks() {
-            let mut options = OpenOptions::new();
-            let file = options.read(true).write(!disk.readonly).open(&disk.path).map_err(|e| {
-                vm.shutdown();
-                failed(&format!("{}: {e}", disk.path.display()))
-            })?;
-            disks.push(file);
-        }
         let mut identity = identity(&vm).map_err(|e| failed(&e))?;
         // Paths and taps differ by host; what counts is compared field by field.
         identity.config.clone_from(&offered.config);
         Ok(Box::new(VmShadow {
             vm,
             identity,
-            disks,
             copies,
             adopt: self.adopt.clone(),
             kept: self.kept.clone(),
@@ -148,35 +139,10 @@ impl ShadowHost for VmShadowHost {
 struct VmShadow {
     vm: Arc<Vm>,
     identity: Identity,
-    disks: Vec<File>,
     /// What the disks are copies of; none for those that are not copied.
     copies: Vec<Option<ShadowCopy>>,
     adopt: Adopt,
     kept: Kept,
-}
-
-fn zero_range(file: &File, offset: u64, len: u64, unmap: bool) -> std::io::Result<()> {
-    use std::os::fd::AsRawFd;
-    let mode = if unmap {
-        libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE
-    } else {
-        libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE
-    };
-    let (Ok(o), Ok(l)) = (i64::try_from(offset), i64::try_from(len)) else {
-        return Err(std::io::ErrorKind::InvalidInput.into());
-    };
-    // SAFETY: fallocate(2) on a descriptor that `file` keeps open.
-    if len == 0 || unsafe { libc::fallocate(file.as_raw_fd(), mode, o, l) } == 0 {
-        return Ok(());
-    }
-    let zeroes = vec![0u8; 1 << 20];
-    let mut done = 0;
-    while done < len {
-        let n = (len - done).min(zeroes.len() as u64) as usize;
-        file.write_all_at(&zeroes[..n], offset + done)?;
-        done += n as u64;
-    }
-    Ok(())
 }
 
 /// Lets outputs of committed epochs leave, in order for each device.
@@ -220,19 +186,20 @@ fn send_held(vm: &Vm, outputs: Vec<Output>) {
 }
 
 impl VmShadow {
-    fn checked_disk(&self, disk: u16, offset: u64, len: u64) -> Result<&File, MachineError> {
+    /// The disk's image, for a change or comparison of this range.
+    fn image(&self, disk: u16, offset: u64, len: u64) -> Result<Arc<dyn DiskImage>, MachineError> {
         let index = usize::from(disk);
-        let (Some(file), Some(info)) = (self.disks.get(index), self.identity.disks.get(index)) else {
-            return Err(machine_error(format!("there is no disk {disk}")));
+        let (Some(disk), Some(info)) = (self.vm.devices().disks().get(index), self.identity.disks.get(index)) else {
+            return Err(no_disk(disk));
         };
         if info.readonly || offset.checked_add(len).is_none_or(|end| end > info.size) {
             let reason = if info.readonly { "is read-only" } else { "ends earlier" };
             return Err(machine_error(format!(
-                "{}: change at {offset} of {len} bytes, but it {reason}",
+                "{}: {len} bytes at {offset}, but it {reason}",
                 info.id
             )));
         }
-        Ok(file)
+        disk.image().map_err(machine_error)
     }
 }
 
@@ -249,6 +216,12 @@ impl Shadow for VmShadow {
         self.copies.iter_mut().map(claim).collect()
     }
 
+    fn doubt(&mut self, disk: u16, offset: u64, len: u64) {
+        if let Some(Some(copy)) = self.copies.get_mut(usize::from(disk)) {
+            copy.doubt(offset, len);
+        }
+    }
+
     fn synced(&mut self, session: &SessionId) {
         self.copies.iter_mut().flatten().for_each(|copy| copy.synced(session));
     }
@@ -261,6 +234,11 @@ impl Shadow for VmShadow {
         self.vm.ram().read(gpa, buf).map_err(machine_error)
     }
 
+    fn read_disk(&self, disk: u16, offset: u64, buf: &mut [u8]) -> Result<(), MachineError> {
+        let image = self.image(disk, offset, buf.len() as u64)?;
+        image.read_at(offset, buf).map_err(machine_error)
+    }
+
     fn apply_disk(&mut self, disk: u16, change: &DiskChange) -> Result<(), MachineError> {
         let range = match change {
             DiskChange::Write { offset, data } => Some((*offset, data.len() as u64)),
@@ -268,22 +246,22 @@ impl Shadow for VmShadow {
             DiskChange::Flush => None,
         };
         if let Some((offset, len)) = range {
-            self.checked_disk(disk, offset, len)?;
+            self.image(disk, offset, len)?;
             if let Some(Some(copy)) = self.copies.get_mut(usize::from(disk)) {
                 copy.before_write(offset, len);
             }
         }
-        match change {
+        let changed = match change {
             DiskChange::Write { offset, data } => {
-                let file = self.checked_disk(disk, *offset, data.len() as u64)?;
-                file.write_all_at(data, *offset).map_err(machine_error)
+                let image = self.image(disk, *offset, data.len() as u64)?;
+                image.write_at(*offset, data)
             }
             DiskChange::Zero { offset, len, unmap } => {
-                let file = self.checked_disk(disk, *offset, *len)?;
-                zero_range(file, *offset, *len, *unmap).map_err(machine_error)
+                self.image(disk, *offset, *len)?.write_zeroes(*offset, *len, *unmap)
             }
-            DiskChange::Flush => self.checked_disk(disk, 0, 0)?.sync_data().map_err(machine_error),
-        }
+            DiskChange::Flush => self.image(disk, 0, 0)?.flush(),
+        };
+        changed.map_err(machine_error)
     }
 
     fn activate(self: Box<Self>, takeover: Takeover) -> Result<Arc<dyn Protected>, MachineError> {
@@ -310,7 +288,7 @@ impl Shadow for VmShadow {
             .into_iter()
             .map(|copy| copy.and_then(ShadowCopy::into_sidecar));
         let histories = Arc::new(Histories::new(&vm, sidecars.collect()));
-        let protected = ProtectedVm::new(vm.clone(), histories.clone())?;
+        let protected = ProtectedVm::new(vm.clone(), histories.clone());
         if let Some(session) = session {
             histories.all().for_each(|history| history.took_over(&session));
             histories.wrap(&vm);
