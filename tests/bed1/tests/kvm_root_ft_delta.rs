@@ -21,12 +21,11 @@ fn options() -> Options {
     }
 }
 
-/// Disk bytes that were copied and that were left out, and the time to protect.
+/// Disk bytes that were copied and that were left out.
 #[derive(Debug)]
 struct Copied {
     sent: u64,
     skipped: u64,
-    took: Duration,
 }
 
 impl Copied {
@@ -36,7 +35,6 @@ impl Copied {
         let copied = Self {
             sent: bytes("disk_bytes_sent"),
             skipped: bytes("disk_bytes_skipped"),
-            took,
         };
         eprintln!(
             "    {} KiB of disk copied, {} KiB left out, protected after {:.0} ms",
