@@ -61,6 +61,7 @@ impl DiskConfig {
             "num_queues",
             "queue_size",
             "image_type",
+            "backing_files",
         ];
         let mut options = Options::parse("--disk", KEYS, text)?;
         let mut disk = Self {
@@ -74,6 +75,7 @@ impl DiskConfig {
         options.set("num_queues", &mut disk.num_queues)?;
         options.set("queue_size", &mut disk.queue_size)?;
         options.set_some("image_type", &mut disk.image_type)?;
+        options.set("backing_files", &mut disk.backing_files)?;
         Ok(disk)
     }
 }

@@ -65,7 +65,10 @@ pub(super) fn open_locked(options: &DiskOptions) -> Result<OpenFile, Error> {
 pub(super) fn open_raw(options: &DiskOptions) -> Result<DiskFile, Error> {
     let OpenFile { file, direct } = open_locked(options)?;
     let size = io::Seek::seek(&mut &file, io::SeekFrom::End(0)).map_err(error(options, "has no size"))?;
-    let kind = file.metadata().map_err(error(options, "cannot be looked at"))?.file_type();
+    let kind = file
+        .metadata()
+        .map_err(error(options, "cannot be looked at"))?
+        .file_type();
     let block_size = if kind.is_block_device() {
         sector_size(&file).map_err(error(options, "has no sector size"))?
     } else {

@@ -61,7 +61,9 @@ pub(super) enum Refusal {
     ExtendedL2,
     #[error("it needs features that are not known (bits {0:#x})")]
     Features(u64),
-    #[error("it has internal snapshots, which would be lost: remove them with `qemu-img snapshot -d`, or use readonly=on")]
+    #[error(
+        "it has internal snapshots, which would be lost: remove them with `qemu-img snapshot -d`, or use readonly=on"
+    )]
     Snapshots,
     #[error("it has persistent bitmaps, which would be lost: remove them with `qemu-img bitmap --remove`")]
     Bitmaps,
@@ -169,7 +171,11 @@ impl Header {
         }
         let (incompatible, refcount_order, length) = match version {
             2 => (0, 4, V2_LENGTH),
-            3 => (fields.incompatible.get(), fields.refcount_order.get(), fields.length.get() as usize),
+            3 => (
+                fields.incompatible.get(),
+                fields.refcount_order.get(),
+                fields.length.get() as usize,
+            ),
             other => return Err(Refusal::Version(other)),
         };
         for (bit, refusal) in [

@@ -130,7 +130,10 @@ fn layer(
     };
     let storage = Storage::from_open_file(io, StorageOpenOptions::new().write(writable).direct(options.direct))?;
     let builder = Qcow2::<Storage>::builder(storage).write(writable);
-    let image = builder.backing(backing).data_file(None).open(DenyImplicitOpenGate::default())?;
+    let image = builder
+        .backing(backing)
+        .data_file(None)
+        .open(DenyImplicitOpenGate::default())?;
     Ok(FormatAccess::new(image))
 }
 

@@ -120,7 +120,12 @@ fn are_right(file: &File, header: &Header, mut counts: Counts) -> Result<bool, R
     let mut table = vec![0; (header.refcount_table_clusters << header.cluster_bits) as usize];
     counts.exclusive(header.refcount_table_offset, table.len() as u64)?;
     read(file, &mut table, header.refcount_table_offset)?;
-    let blocks: Vec<u64> = table.as_chunks().0.iter().map(|bytes| u64::from_be_bytes(*bytes)).collect();
+    let blocks: Vec<u64> = table
+        .as_chunks()
+        .0
+        .iter()
+        .map(|bytes| u64::from_be_bytes(*bytes))
+        .collect();
     for block in blocks.iter().filter(|offset| **offset != 0) {
         counts.exclusive(*block, 1)?;
     }

@@ -20,7 +20,10 @@ fn options(path: &Path) -> DiskOptions {
 }
 
 fn qemu_img(args: &[&str]) -> String {
-    let output = Command::new("qemu-img").args(args).output().expect("qemu-img (package qemu-utils)");
+    let output = Command::new("qemu-img")
+        .args(args)
+        .output()
+        .expect("qemu-img (package qemu-utils)");
     let text = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "qemu-img {args:?}: {text}");
     text
@@ -73,7 +76,13 @@ enum Step {
 
 fn step() -> impl Strategy<Value = Step> {
     // Near the edges of clusters, and anywhere.
-    let at = || prop_oneof![0..SIZE / 512, (0..SIZE / 65536).prop_map(|c| c * 128), Just(SIZE / 512 - 1)];
+    let at = || {
+        prop_oneof![
+            0..SIZE / 512,
+            (0..SIZE / 65536).prop_map(|c| c * 128),
+            Just(SIZE / 512 - 1)
+        ]
+    };
     let len = || prop_oneof![1..16u64, 100..400u64, Just(128u64)];
     let fit = |at: u64, len: u64| (at * 512, (len * 512).min(SIZE - at * 512));
     prop_oneof![
@@ -150,7 +159,13 @@ fn killed(path: &Path) -> PathBuf {
 
 #[test]
 fn an_image_that_was_not_closed_gets_right_refcounts_and_loses_nothing_that_was_flushed() {
-    for how in ["", "cluster_size=512", "cluster_size=2M", "refcount_bits=1", "refcount_bits=64,cluster_size=4k"] {
+    for how in [
+        "",
+        "cluster_size=512",
+        "cluster_size=2M",
+        "refcount_bits=1",
+        "refcount_bits=64,cluster_size=4k",
+    ] {
         let dir = tempfile::tempdir().unwrap();
         let path = made_by_qemu(&dir, how);
         let image = open(&options(&path)).unwrap();
@@ -169,7 +184,10 @@ fn an_image_that_was_not_closed_gets_right_refcounts_and_loses_nothing_that_was_
                 let copy = killed(&path);
                 assert!(Header::read(&File::open(&copy).unwrap()).unwrap().dirty);
                 // Only for reading, nothing can be repaired.
-                let readonly = DiskOptions { readonly: true, ..options(&copy) };
+                let readonly = DiskOptions {
+                    readonly: true,
+                    ..options(&copy)
+                };
                 assert!(open(&readonly).unwrap_err().to_string().contains("not closed"));
                 let again = open(&options(&copy)).unwrap();
                 assert!(whole(again.as_ref()) == model, "{how}");
@@ -198,7 +216,10 @@ fn compressed_images_and_old_ones_are_read() {
     std::fs::write(&source, &bytes).unwrap();
     for how in ["compat=1.1", "compat=0.10"] {
         qemu_img(&["convert", "-c", "-O", "qcow2", "-o", how, text(&source), text(&path)]);
-        let readonly = DiskOptions { readonly: true, ..options(&path) };
+        let readonly = DiskOptions {
+            readonly: true,
+            ..options(&path)
+        };
         assert!(whole(open(&readonly).unwrap().as_ref()) == bytes);
     }
     assert!(open(&options(&path)).unwrap_err().to_string().contains("compat=1.1"));
@@ -255,7 +276,9 @@ fn many_threads_change_one_image() {
                 }
                 for (sector, byte) in model.iter().enumerate() {
                     let mut back = [0xee; 512];
-                    image.read_at((sector as u64 * THREADS + thread) * 512, &mut back).unwrap();
+                    image
+                        .read_at((sector as u64 * THREADS + thread) * 512, &mut back)
+                        .unwrap();
                     assert_eq!(back, [*byte; 512]);
                 }
             });
@@ -273,11 +296,19 @@ fn a_device_on_an_image() {
     for direct in [false, true] {
         let path = dir.path().join(format!("image-{direct}"));
         create(&path, Format::Qcow2, SIZE).unwrap();
-        let image = open(&DiskOptions { direct, ..options(&path) }).unwrap();
+        let image = open(&DiskOptions {
+            direct,
+            ..options(&path)
+        })
+        .unwrap();
         let block = Block::new(device(false), image.clone().backend(QUEUE, false).unwrap());
         let mut driver = Driver::start(block, 0);
         driver.put(DATA, &[7; 0x3000]);
-        let pieces = [(DATA, 0x200, false), (DATA + 0x400, 0x1e00, false), (DATA + 0x2200, 0x600, false)];
+        let pieces = [
+            (DATA, 0x200, false),
+            (DATA + 0x400, 0x1e00, false),
+            (DATA + 0x2200, 0x600, false),
+        ];
         assert_eq!(one(&mut driver, 1, 3, &pieces).0, 0);
         let zeroes = range(&driver, 5, 2, 1);
         assert_eq!(one(&mut driver, 13, 0, &zeroes).0, 0);
@@ -298,7 +329,9 @@ fn a_device_on_an_image() {
 fn what_cannot_be_is_refused_by_name() {
     let dir = tempfile::tempdir().unwrap();
     let refused = |path: &Path, what: &str| {
-        let e = std::error::Error::source(&open(&options(path)).unwrap_err()).unwrap().to_string();
+        let e = std::error::Error::source(&open(&options(path)).unwrap_err())
+            .unwrap()
+            .to_string();
         assert!(e.contains(what), "{e}");
     };
     let raw = dir.path().join("raw");
@@ -310,17 +343,36 @@ fn what_cannot_be_is_refused_by_name() {
     refused(&made_by_qemu(&dir, "compression_type=zstd"), "zlib");
     refused(&made_by_qemu(&dir, "extended_l2=on"), "extended L2");
     let data = dir.path().join("data");
-    refused(&made_by_qemu(&dir, &format!("data_file={}", text(&data))), "external data file");
+    refused(
+        &made_by_qemu(&dir, &format!("data_file={}", text(&data))),
+        "external data file",
+    );
     let path = made_by_qemu(&dir, "");
     qemu_img(&["bitmap", "--add", text(&path), "b"]);
     refused(&path, "bitmaps");
     let path = made_by_qemu(&dir, "");
     qemu_img(&["snapshot", "-c", "s", text(&path)]);
     refused(&path, "snapshots");
-    assert!(open(&DiskOptions { readonly: true, ..options(&path) }).is_ok());
-    for (at, byte, what) in [(79, 2, "corrupt"), (79, 0x80, "bits 0x80"), (35, 2, "encrypted"), (7, 9, "version 9")] {
+    assert!(
+        open(&DiskOptions {
+            readonly: true,
+            ..options(&path)
+        })
+        .is_ok()
+    );
+    for (at, byte, what) in [
+        (79, 2, "corrupt"),
+        (79, 0x80, "bits 0x80"),
+        (35, 2, "encrypted"),
+        (7, 9, "version 9"),
+    ] {
         let path = made_by_qemu(&dir, "");
-        File::options().write(true).open(&path).unwrap().write_all_at(&[byte], at).unwrap();
+        File::options()
+            .write(true)
+            .open(&path)
+            .unwrap()
+            .write_all_at(&[byte], at)
+            .unwrap();
         refused(&path, what);
     }
     let first = open(&options(&made_by_qemu(&dir, ""))).unwrap();
@@ -337,15 +389,34 @@ fn backing_files_are_read_when_that_is_allowed() {
     std::fs::write(at("base"), &bytes).unwrap();
     let make = |name: &str, below: &str, format: &str| {
         let size = SIZE.to_string();
-        qemu_img(&["create", "-q", "-f", "qcow2", "-b", below, "-F", format, text(&at(name)), &size]);
+        qemu_img(&[
+            "create",
+            "-q",
+            "-f",
+            "qcow2",
+            "-b",
+            below,
+            "-F",
+            format,
+            text(&at(name)),
+            &size,
+        ]);
     };
     make("middle", "base", "raw");
     make("top", "middle", "qcow2");
     assert_eq!(backing_files(&at("top"), Format::Qcow2), [at("middle"), at("base")]);
     let plain = options(&at("top"));
     let e = open(&plain).unwrap_err();
-    assert!(std::error::Error::source(&e).unwrap().to_string().contains("backing_files=on"));
-    let allowed = DiskOptions { backing_files: true, ..plain };
+    assert!(
+        std::error::Error::source(&e)
+            .unwrap()
+            .to_string()
+            .contains("backing_files=on")
+    );
+    let allowed = DiskOptions {
+        backing_files: true,
+        ..plain
+    };
     let image = open(&allowed).unwrap();
     let mut model = bytes.clone();
     model.resize(SIZE as usize, 0);
@@ -363,7 +434,9 @@ fn backing_files_are_read_when_that_is_allowed() {
     assert!(std::fs::read(at("base")).unwrap() == bytes);
 
     let refused = |what: &str| {
-        let e = std::error::Error::source(&open(&allowed).unwrap_err()).unwrap().to_string();
+        let e = std::error::Error::source(&open(&allowed).unwrap_err())
+            .unwrap()
+            .to_string();
         assert!(e.contains(what), "{e}");
     };
     let rebase = |args: &[&str]| qemu_img(&[&["rebase", "-u"], args, &[text(&at("top"))]].concat());
