@@ -280,6 +280,14 @@ fn everything_that_is_not_offered_is_refused_by_name() {
 }
 
 #[test]
+fn qcow2_disks_may_have_backing_files() {
+    let mut config = read(with("/disks/0/image_type", json!("Qcow2")));
+    config.validate().unwrap();
+    config.disks.as_mut().unwrap()[0].backing_files = true;
+    config.validate().unwrap();
+}
+
+#[test]
 fn fields_that_nobody_knows_are_refused() {
     for path in [
         "/x",

@@ -262,6 +262,8 @@ impl Vmm {
         self.emit("booting");
         let vm = Vm::new(config, None, &self.context).map_err(internal)?;
         vm.boot().map_err(internal)?;
+        // With the formats of its disks, so that they are the same at the next boot.
+        slot.config = Some(vm.config().clone());
         slot.vm = Some(vm);
         drop(slot);
         self.emit("booted");

@@ -342,7 +342,7 @@ fn check_disk(disk: &DiskConfig, c: &mut Check<'_>) {
     c.require(
         !disk.backing_files || disk.image_type == Some(ImageType::Qcow2),
         "backing_files",
-        "only images with image_type Qcow2 have backing files",
+        "supported only with image_type Qcow2",
     );
     c.offered(disk.lock_granularity == LockGranularity::ByteRange, "lock_granularity");
     c.offered(disk.sparse, "sparse");

@@ -157,6 +157,13 @@ mod tests {
         let config = receive("listen=unix:/a,arbiter=etcd:a:1+[::1]:2+ca=/c,insecure=on").unwrap();
         assert_eq!(config.arbiter.as_deref(), Some("etcd:a:1+[::1]:2+ca=/c"));
         assert_eq!(disk("id=_disk0,path=/b").unwrap().id, "_disk0");
+        let format = |text| disk(text).map(|disk| disk.image_type);
+        assert_eq!(format("id=_disk0,path=/b").unwrap(), None);
+        assert_eq!(
+            format("id=_disk0,path=/b,image_type=qcow2").unwrap(),
+            Some(FtImageType::Qcow2)
+        );
+        assert!(format("id=_disk0,path=/b,image_type=vhdx").is_err());
         assert!(disk("id=_disk0").is_err());
         assert!(
             disk("id=_disk0,path=/b,readonly=on")

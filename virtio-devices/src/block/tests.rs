@@ -1,6 +1,7 @@
 use std::io::Write;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
+use std::sync::RwLock;
 
 use proptest::prelude::*;
 
@@ -24,6 +25,15 @@ pub(super) fn options(readonly: bool) -> BlockOptions {
     }
 }
 
+/// Held while a child process is made: until it is another program, it keeps the images of all tests open and locked.
+pub(super) static SPAWNING: RwLock<()> = RwLock::new(());
+
+/// Opens an image, which was closed before if it was open.
+pub(super) fn open(options: &DiskOptions) -> Result<Arc<dyn DiskImage>, Error> {
+    let _settled = SPAWNING.read().unwrap();
+    super::image::open(options)
+}
+
 pub(super) fn raw(path: &Path, readonly: bool) -> DiskOptions {
     DiskOptions {
         path: path.into(),
@@ -39,6 +49,7 @@ fn disk(path: &Path, readonly: bool, direct: bool) -> Arc<DiskFile> {
         direct,
         ..raw(path, readonly)
     };
+    let _settled = SPAWNING.read().unwrap();
     Arc::new(open_raw(&options).unwrap())
 }
 

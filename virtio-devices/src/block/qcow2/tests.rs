@@ -1,12 +1,12 @@
 use std::os::unix::fs::FileExt;
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use proptest::prelude::*;
 use tempfile::TempDir;
 
 use super::*;
-use crate::block::image::{Format, create, open};
-use crate::block::tests::{DATA, QUEUE, one, options as device, range, raw};
+use crate::block::image::{Format, create};
+use crate::block::tests::{DATA, QUEUE, SPAWNING, one, open, options as device, range, raw};
 use crate::block::{Block, backing_files};
 use crate::testing::Driver;
 
@@ -20,10 +20,12 @@ fn options(path: &Path) -> DiskOptions {
 }
 
 fn qemu_img(args: &[&str]) -> String {
-    let output = Command::new("qemu-img")
-        .args(args)
-        .output()
-        .expect("qemu-img (package qemu-utils)");
+    let mut command = Command::new("qemu-img");
+    command.args(args).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let spawning = SPAWNING.write().unwrap();
+    let child = command.spawn().expect("qemu-img (package qemu-utils)");
+    drop(spawning);
+    let output = child.wait_with_output().unwrap();
     let text = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "qemu-img {args:?}: {text}");
     text
@@ -100,7 +102,7 @@ fn discard(image: &dyn DiskImage, offset: u64, len: u64) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(48))]
+    #![proptest_config(ProptestConfig::with_cases(32))]
     #[test]
     fn what_is_written_is_read_back_by_us_and_by_qemu(
         how in prop_oneof![
