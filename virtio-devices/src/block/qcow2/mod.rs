@@ -8,6 +8,8 @@
 //! An image that is open for writing is marked dirty: for others, should this process die. What was flushed is then whole
 //! but for refcounts, which whoever opens it next must count anew, as this module and QEMU do.
 
+#[cfg(test)]
+mod damage_tests;
 mod header;
 mod refcounts;
 #[cfg(test)]

@@ -29,7 +29,6 @@ const COPIED: u64 = 1 << 63;
 /// A cluster that only one may use. Compressed ones share theirs.
 const EXCLUSIVE: u16 = 1 << 15;
 
-#[derive(Clone)]
 struct Counts {
     cluster_bits: u32,
     counts: Vec<u16>,
@@ -190,13 +189,11 @@ fn decode(block: &[u8], index: usize, order: u32) -> u64 {
 
 /// Sees to it that the image's refcounts are right. Whether they were. What was changed is durable when this returns.
 pub(super) fn make_right(file: &File, header: &Header) -> Result<bool, Refusal> {
-    let counts = count(file, header)?;
-    if !header.dirty
-        && let Ok(true) = are_right(file, header, counts.clone())
-    {
+    // Read twice rather than held twice.
+    if !header.dirty && matches!(are_right(file, header, count(file, header)?), Ok(true)) {
         return Ok(true);
     }
-    rebuild(file, header, counts)?;
+    rebuild(file, header, count(file, header)?)?;
     Ok(false)
 }
 
