@@ -3,14 +3,13 @@
 //! A shadow is a complete VM that was never started: RAM mapped, devices made, taps and disks open. Committed
 //! checkpoints go straight into its RAM and disks; activation loads the last state and lets it run.
 
-use std::fs::OpenOptions;
-use std::path::Path;
 use std::sync::Arc;
 
-use api::VmConfig;
-use ft::config::FtReceiveConfig;
+use api::config::ImageType;
+use api::{DiskConfig, VmConfig};
+use ft::config::{FtImageType, FtReceiveConfig};
 use ft::machine::{
-    DiskChange, Identity, Input, MachineError, Output, Protected, Refusal, Shadow, ShadowHost, Takeover,
+    DiskChange, DiskIdentity, Identity, Input, MachineError, Output, Protected, Refusal, Shadow, ShadowHost, Takeover,
 };
 
 use virtio_devices::block::DiskImage;
@@ -40,17 +39,16 @@ fn refuse(code: &str, message: String) -> Refusal {
     }
 }
 
-fn prepare_disk(path: &Path, size: u64, id: &str) -> Result<(), Refusal> {
-    if path.exists() {
+fn prepare_disk(disk: &DiskConfig, offered: &DiskIdentity) -> Result<(), Refusal> {
+    let Some(path) = disk.path.as_deref().filter(|path| !path.exists() && !offered.readonly) else {
         return Ok(());
-    }
-    let made = OpenOptions::new()
-        .write(true)
-        .create_new(true)
-        .open(path)
-        .and_then(|f| f.set_len(size));
-    made.map_err(|e| {
-        let message = format!("cannot make {} for disk {id} on the backup: {e}", path.display());
+    };
+    crate::disks::create(disk, path, offered.size).map_err(|e| {
+        let message = format!(
+            "cannot make {} for disk {} on the backup: {e}",
+            path.display(),
+            offered.id
+        );
         refuse("disk_create_failed", message)
     })
 }
@@ -76,6 +74,13 @@ impl VmShadowHost {
                 )
             })?;
             disk.path = Some(over.path.clone());
+            if let Some(format) = over.image_type {
+                disk.image_type = Some(match format {
+                    FtImageType::Raw => ImageType::Raw,
+                    FtImageType::Qcow2 => ImageType::Qcow2,
+                });
+                disk.backing_files &= format == FtImageType::Qcow2;
+            }
         }
         for over in &self.overrides.net {
             let net = config
@@ -93,9 +98,7 @@ impl VmShadowHost {
         }
         super::consoles::override_consoles(&mut config, &self.overrides)?;
         for (disk, offered) in config.disks.iter().flatten().zip(&offered.disks) {
-            if let (Some(path), false) = (&disk.path, offered.readonly) {
-                prepare_disk(path, offered.size, &offered.id)?;
-            }
+            prepare_disk(disk, offered)?;
         }
         Ok(config)
     }
