@@ -192,6 +192,7 @@ fn types() -> BTreeMap<&'static str, BTreeSet<String>> {
             ("FtRole", names::<ft::config::FtRole>()),
             ("FtStat", names::<ft::config::FtStat>()),
             ("FtProgress", names::<ft::config::FtProgress>()),
+            ("FtReprotection", names::<ft::reprotect::FtReprotection>()),
             ("FtInfo", names::<ft::config::FtInfo>()),
         ])
         .collect();

@@ -7,6 +7,8 @@ use std::path::PathBuf;
 pub use audit::{FtAudit, FtAuditInfo};
 use serde::{Deserialize, Serialize};
 
+use crate::reprotect::{FtReprotection, Reprotect};
+
 /// Body of PUT vm.ft-receive: wait for a primary.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -115,6 +117,13 @@ pub struct FtEnableConfig {
     /// Limits; can be changed later with vm.ft-config.
     #[serde(default)]
     pub limits: FtLimits,
+    /// Whoever runs the VM alone, now or after a takeover, looks for a new backup by itself.
+    #[serde(default)]
+    pub auto_reprotect: bool,
+    /// Hosts that may be that backup, in the order in which they are tried; `peer` is the last one unless it is named
+    /// here. With it at most [`crate::reprotect::MAX_SPARES`].
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub spares: Vec<String>,
 }
 
 /// Limits of the epoch controller and the failure detector; every field is optional in JSON.
@@ -322,9 +331,23 @@ pub struct FtInfo {
     /// Backup, after a failover: milliseconds from detection to the resumed guest.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub activation_ms: Option<f64>,
+    /// Whoever runs the VM alone looks for a new backup by itself.
+    #[serde(default)]
+    pub auto_reprotect: bool,
+    /// Hosts that may be that backup, in their order.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub spares: Vec<String>,
+    /// How the search for a new backup goes, while the VM runs alone here.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reprotection: Option<FtReprotection>,
 }
 
 impl FtInfo {
+    pub(crate) fn tell_spares(&mut self, reprotect: Option<&Reprotect>) {
+        self.auto_reprotect = reprotect.is_some();
+        self.spares = reprotect.map(|r| r.spares.clone()).unwrap_or_default();
+    }
+
     /// FT is off.
     pub fn disabled() -> Self {
         Self {
@@ -355,6 +378,9 @@ impl FtInfo {
             run_percent: 100,
             detection_ms: None,
             activation_ms: None,
+            auto_reprotect: false,
+            spares: Vec::new(),
+            reprotection: None,
         }
     }
 }

@@ -6,12 +6,14 @@ use ft::audit::{ChunkSum, Mismatch, PageSum, Place};
 use ft::config::{FtAudit, FtDurability, FtLimits};
 use ft::core::staging::Staging;
 use ft::machine::{DiskChange, DiskIdentity, Identity, Input, Output, PAGE_SIZE, PageRun, Refusal};
+use ft::reprotect::{MAX_SPARES, Reprotect};
 use ft::wire::frame::{EndMarker, Frame, OutFrame, encode};
 use ft::wire::hello::Hello;
 use ft::wire::lines::PageLines;
 use ft::wire::reader::{FrameReader, ReadError};
 use ft::wire::{DecodeError, MAX_PAYLOAD, MAX_PIECE, header};
 use proptest::collection::vec;
+use proptest::option;
 use proptest::prelude::*;
 
 fn bytes(frame: &OutFrame<'_>, seq: u64, mark: u64, stamp: u64) -> Vec<u8> {
@@ -138,6 +140,15 @@ fn chunk_sum() -> impl Strategy<Value = ChunkSum> {
     })
 }
 
+fn spares() -> impl Strategy<Value = Option<Reprotect>> {
+    option::of(
+        vec("tcp:[a-z]{1,20}:[1-9]", 0..=MAX_SPARES).prop_map(|spares| Reprotect {
+            spares,
+            peer: "unix:/b".into(),
+        }),
+    )
+}
+
 fn frame() -> impl Strategy<Value = Frame> {
     let limits = (1u32..10_000).prop_map(|n| FtLimits {
         max_epoch_ms: n,
@@ -146,7 +157,7 @@ fn frame() -> impl Strategy<Value = Frame> {
     prop_oneof![
         Just(Frame::Heartbeat),
         Just(Frame::Disarmed),
-        (identity(), any::<u64>(), limits.clone()).prop_map(|(identity, generation, limits)| {
+        (identity(), any::<u64>(), limits.clone(), spares()).prop_map(|(identity, generation, limits, reprotect)| {
             let (node, arbiter, store, token) = ("n".into(), "file:/x".into(), "s".into(), "t".into());
             Frame::Hello(Box::new(Hello {
                 node,
@@ -158,6 +169,7 @@ fn frame() -> impl Strategy<Value = Frame> {
                 durability: FtDurability::DiskOfBoth,
                 audit: FtAudit::Repair,
                 limits,
+                reprotect,
             }))
         }),
         (any::<u64>(), vec((0u64..1 << 40, any::<u32>()), 1..40)).prop_map(|(epoch, sums)| {
@@ -181,7 +193,7 @@ fn frame() -> impl Strategy<Value = Frame> {
         (any::<u64>(), vec((0u64..1 << 40, 1u64..), 1..20), any::<u8>()).prop_map(|(epoch, pages, fill)| {
             let page = |(page, mask)| PageLines { gpa: page * 4096, mask };
             let pages: Vec<PageLines> = pages.into_iter().map(page).collect();
-            let data = vec![fill; pages.iter().map(|page| page.len()).sum()];
+            let data = vec![fill; pages.iter().map(|page| page.bytes()).sum()];
             Frame::Lines { epoch, pages, data }
         }),
         (any::<u64>(), any::<u16>(), change()).prop_map(|(epoch, disk, change)| Frame::Disk { epoch, disk, change }),
@@ -335,6 +347,48 @@ fn long_things_are_cut_into_pieces_and_come_back_whole() {
         }
     }
     assert!(disk == data && state == data && console == data);
+}
+
+/// A hello with these spares.
+fn hello(spares: Vec<String>, peer: &str) -> Vec<u8> {
+    let identity = Identity {
+        vm_id: "v".into(),
+        vmm_version: "1".into(),
+        config: "{}".into(),
+        memory: Vec::new(),
+        vcpus: 1,
+        cpu_features: Vec::new(),
+        tsc_khz: 1,
+        disks: Vec::new(),
+        nics: 0,
+    };
+    let (node, arbiter, store, token) = ("n".into(), "file:/x".into(), "s".into(), "t".into());
+    let peer = peer.into();
+    let hello = Hello {
+        node,
+        identity,
+        generation: 0,
+        arbiter,
+        store,
+        token,
+        durability: FtDurability::DiskOfBoth,
+        audit: FtAudit::Stop,
+        limits: FtLimits::default(),
+        reprotect: Some(Reprotect { spares, peer }),
+    };
+    stream(&[Frame::Hello(Box::new(hello))])
+}
+
+#[test]
+fn spares_of_a_peer_are_addresses_and_bounded() {
+    let good = |n: usize| vec!["tcp:h:1".to_string(); n];
+    let taken = |stream: &[u8]| read_all(stream).0.len() == 1;
+    assert!(taken(&hello(good(MAX_SPARES), "tcp:h:1")));
+    assert!(!taken(&hello(good(MAX_SPARES + 1), "tcp:h:1")));
+    assert!(!taken(&hello(good(1), "nowhere")));
+    assert!(!taken(&hello(vec!["unix:".into()], "tcp:h:1")));
+    assert!(taken(&hello(vec![format!("tcp:{}:1", "h".repeat(249))], "tcp:h:1")));
+    assert!(!taken(&hello(vec![format!("tcp:{}:1", "h".repeat(250))], "tcp:h:1")));
 }
 
 #[test]

@@ -60,11 +60,13 @@ pub enum ThreadKind {
     FtBackup,
     /// Writes the shadow and activates it.
     FtApplier,
+    /// Looks for a new backup when the VM runs alone.
+    FtSupervisor,
 }
 
 impl ThreadKind {
     /// All kinds.
-    pub const ALL: [Self; 23] = [
+    pub const ALL: [Self; 24] = [
         Self::Main,
         Self::Spawner,
         Self::Control,
@@ -88,6 +90,7 @@ impl ThreadKind {
         Self::FtAdmission,
         Self::FtBackup,
         Self::FtApplier,
+        Self::FtSupervisor,
     ];
 }
 

@@ -63,6 +63,7 @@ impl Session {
         info.durability = self.hello.durability;
         info.arbiter = Some(self.arbiter_description.clone());
         info.limits = lock(&self.limits).clone();
+        info.tell_spares(self.hello.reprotect.as_ref());
         let identity = &self.hello.identity;
         info.progress.ram_bytes_total = identity.memory.iter().map(|(_, size)| size).sum();
         info.progress.disk_bytes_total = identity.disks.iter().filter(|d| !d.readonly).map(|d| d.size).sum();

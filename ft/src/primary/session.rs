@@ -22,6 +22,7 @@ use crate::machine::{DiskChange, Identity, Protected};
 use crate::outbox::{Clock, Outbox};
 use crate::primary::metrics::Metrics;
 use crate::primary::repair::Repairs;
+use crate::reprotect::Reprotect;
 use crate::transport::Stream;
 use crate::wire::frame::{self, Frame, encode};
 use crate::wire::reader::FrameReader;
@@ -38,7 +39,6 @@ const LAST_WORD: Duration = Duration::from_millis(500);
 
 /// What a session is made of.
 pub struct SessionParts {
-    pub(super) machine: Arc<dyn Protected>,
     pub(super) identity: Identity,
     pub(super) arbiter: Arc<dyn Arbiter>,
     pub(super) arbiter_description: String,
@@ -52,6 +52,7 @@ pub struct SessionParts {
     pub(super) outbox: Outbox,
     pub(super) clock: Clock,
     pub(super) events: EventSink,
+    pub(super) reprotect: Option<Reprotect>,
 }
 
 /// What the controller is to do next.
@@ -129,10 +130,11 @@ pub struct Session {
     pub(super) quit: AtomicBool,
     received_all: AtomicBool,
     events: EventSink,
+    reprotect: Option<Reprotect>,
 }
 
 impl Session {
-    pub(super) fn new(parts: SessionParts) -> Arc<Self> {
+    pub(super) fn new(machine: Arc<dyn Protected>, parts: SessionParts) -> Arc<Self> {
         Arc::new_cyclic(|weak: &std::sync::Weak<Self>| {
             let outbox = Arc::new(parts.outbox);
             let log = Arc::new(Log {
@@ -151,7 +153,7 @@ impl Session {
             let now = parts.clock.now();
             let core = PrimaryState::new(parts.generation, (&parts.limits).into(), MAX_IN_FLIGHT, now);
             let session = Self {
-                machine: parts.machine,
+                machine,
                 identity: parts.identity,
                 arbiter: parts.arbiter,
                 arbiter_description: parts.arbiter_description,
@@ -179,6 +181,7 @@ impl Session {
                 quit: AtomicBool::new(false),
                 received_all: AtomicBool::new(false),
                 events: parts.events,
+                reprotect: parts.reprotect,
             };
             session.announce(&lock(&session.core));
             session
@@ -490,6 +493,7 @@ impl Session {
         info.limits = lock(&self.limits).clone();
         (info.outputs_waiting, _) = self.interposer.waiting();
         info.bytes_sent = self.outbox.bytes_written();
+        info.tell_spares(self.reprotect.as_ref());
         info
     }
 }

@@ -133,7 +133,7 @@ fn lines(flags: u8, payload: Vec<u8>) -> Result<Frame, DecodeError> {
         if !page.gpa.is_multiple_of(PAGE_SIZE as u64) || page.mask == 0 {
             return Err(bad(kind, "has an address that is no page's, or no line"));
         }
-        size += page.len();
+        size += page.bytes();
         pages.push(page);
     }
     if size > MAX_PAYLOAD {
@@ -305,6 +305,9 @@ pub fn decode(kind: u8, flags: u8, payload: Vec<u8>) -> Result<Frame, DecodeErro
                 .limits
                 .validate()
                 .map_err(|_| bad("hello", "a limit is out of range"))?;
+            if hello.reprotect.as_ref().is_some_and(|r| r.check().is_err()) {
+                return Err(bad("hello", "its spares are too many or no addresses"));
+            }
             Ok(Frame::Hello(Box::new(hello)))
         }
         Kind::Accept => owned("accept", &payload).map(Frame::Accept),

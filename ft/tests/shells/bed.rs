@@ -191,6 +191,8 @@ impl Bed {
             durability: FtDurability::default(),
             audit: FtAudit::default(),
             limits: limits(),
+            auto_reprotect: false,
+            spares: Vec::new(),
         }
     }
 

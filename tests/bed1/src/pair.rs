@@ -41,6 +41,8 @@ pub struct Options {
     pub tls: bool,
     /// Flush durability policy.
     pub durability: &'static str,
+    /// The spare host is used.
+    pub spares: bool,
     /// What becomes of a shadow that differs.
     pub audit: &'static str,
 }
@@ -57,27 +59,34 @@ impl Default for Options {
             limits: Vec::new(),
             tls: false,
             durability: "memory-of-both",
+            spares: false,
             audit: "stop",
         }
     }
 }
 
-/// One of the two hosts.
+/// One of the hosts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Side {
     /// Namespace `a`.
     A,
     /// Namespace `b`.
     B,
+    /// Namespace `s`: the spare host, where a test needs three.
+    S,
 }
 
 impl Side {
     /// Name of the namespace.
     pub fn name(self) -> &'static str {
-        if self == Self::A { "a" } else { "b" }
+        match self {
+            Self::A => "a",
+            Self::B => "b",
+            Self::S => "s",
+        }
     }
 
-    /// The other host.
+    /// The other one of hosts a and b.
     pub fn other(self) -> Self {
         if self == Self::A { Self::B } else { Self::A }
     }
@@ -109,7 +118,7 @@ impl Host {
     }
 }
 
-/// Two hosts, the network between them, a directory for all files. One bed at a time in a process: two cores are no
+/// The hosts, the network between them, a directory for all files. One bed at a time in a process: two cores are no
 /// place for more, and tests are threads of one process.
 pub struct Bed {
     /// The network; also the clients' way to the guest.
@@ -161,7 +170,7 @@ impl Bed {
         };
         let made = cleanup::creating(|| std::fs::create_dir_all(this.dir.join("arbiter")));
         made.with_context(|| this.dir.display().to_string())?;
-        for side in [Side::A, Side::B] {
+        for side in [Side::A, Side::B, Side::S] {
             this.new_disk(side)?;
         }
         this.started = 0;
@@ -173,7 +182,7 @@ impl Bed {
 
     fn make_certs(&self) -> Result<()> {
         let out = self.dir.join("certs");
-        let hosts = [Side::A, Side::B].map(|side| Network::log_ip(side.name()));
+        let hosts = [Side::A, Side::B, Side::S].map(|side| Network::log_ip(side.name()));
         let status = std::process::Command::new(binary("ch-remote")?)
             .args(["--json", "ft", "make-certs", "--out"])
             .arg(out)
@@ -190,9 +199,12 @@ impl Bed {
             return vec!["--insecure".into()];
         }
         let certs = self.dir.join("certs").join(Network::log_ip(side.name()));
-        let peer = Network::log_ip(side.other().name());
-        let args = ["--tls", &certs.display().to_string(), "--tls-peer", peer];
-        args.map(String::from).to_vec()
+        let mut args = vec!["--tls".to_string(), certs.display().to_string()];
+        // Of three, any other may be at the far end.
+        if !self.options.spares {
+            args.extend(["--tls-peer", Network::log_ip(side.other().name())].map(String::from));
+        }
+        args
     }
 
     /// The disk of a host.

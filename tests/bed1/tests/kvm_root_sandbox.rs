@@ -57,6 +57,7 @@ const OWN: &[&str] = &[
     "event-monitor",
     "signals",
     "vmm-control",
+    "ft-supervisor",
 ];
 const MACHINE: &[&str] = &["vcpu0", "vcpu1", "virtio_disk0", "virtio_net1", "virtio_rng"];
 const PRIMARY: &[&str] = &["ft-control", "ft-audit", "ft-receiver", "ft-sender", "ft-pulse"];

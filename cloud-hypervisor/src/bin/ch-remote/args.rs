@@ -201,6 +201,15 @@ pub struct Enable {
     /// Limits as for `ft config`, for example max_epoch_ms=50,precopy_mib_s=200
     #[arg(long, value_name = "KEY=VALUE", num_args = 1..)]
     pub limits: Vec<String>,
+    /// Look for a new backup by itself whenever the VM runs alone: here after the loss of the backup, there after a
+    /// takeover; until `ft disable`
+    #[arg(long)]
+    pub auto_reprotect: bool,
+    /// Hosts that may be the new backup, in the order in which they are tried: tcp:HOST:PORT or unix:PATH, each with a VMM
+    /// that waits (`ft receive`). The one in --peer is tried last, unless it is named here. Name this host too, if it is to
+    /// be a backup one day
+    #[arg(long, value_name = "ADDRESS", num_args = 1.., value_delimiter = ',', requires = "auto_reprotect")]
+    pub spares: Vec<String>,
     /// Return as soon as the session has begun
     #[arg(long)]
     pub no_wait: bool,

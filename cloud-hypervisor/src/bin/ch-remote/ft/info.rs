@@ -1,6 +1,7 @@
 //! `ft info` as a table.
 
 use ft::config::{FtInfo, FtLimits, FtRole, FtStat, FtState};
+use ft::reprotect::FtReprotection;
 
 use crate::output::line;
 
@@ -61,6 +62,13 @@ pub fn table(info: &FtInfo) {
     if info.role == FtRole::None {
         return;
     }
+    row("auto-reprotect", if info.auto_reprotect { "on" } else { "off" });
+    if !info.spares.is_empty() {
+        row("spares", &info.spares.join(" "));
+    }
+    if let Some(reprotection) = &info.reprotection {
+        row("re-protection", &search(reprotection));
+    }
     row("generation", &info.generation.to_string());
     row("epoch", &info.epoch.to_string());
     row("committed", &info.committed.to_string());
@@ -118,6 +126,21 @@ pub fn table(info: &FtInfo) {
         }
     }
     limits(&info.limits);
+}
+
+/// How the search for a new backup goes.
+pub fn search(reprotection: &FtReprotection) -> String {
+    let mut text = format!("{} attempts", reprotection.attempts);
+    if let Some(peer) = &reprotection.trying {
+        text += &format!(", asking {peer}");
+    }
+    if let Some(seconds) = reprotection.next_in_s {
+        text += &format!(", next one in {seconds:.0} s");
+    }
+    if let Some(error) = &reprotection.last_error {
+        text += &format!("; {error}");
+    }
+    text
 }
 
 /// Prints the limits in force.
