@@ -132,7 +132,7 @@ fn lines(flags: u8, payload: Vec<u8>) -> Result<Frame, DecodeError> {
         if !page.gpa.is_multiple_of(PAGE_SIZE as u64) || page.mask == 0 {
             return Err(bad(kind, "has an address that is no page's, or no line"));
         }
-        size += page.len();
+        size += page.size();
         pages.push(page);
     }
     if size > MAX_PAYLOAD {
