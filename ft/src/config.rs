@@ -1,7 +1,10 @@
 //! Settings and reports of FT, in the JSON of the REST API.
 
+mod audit;
+
 use std::path::PathBuf;
 
+pub use audit::{FtAudit, FtAuditInfo};
 use serde::{Deserialize, Serialize};
 
 use crate::reprotect::{FtReprotection, Reprotect};
@@ -78,6 +81,18 @@ pub struct FtDiskOverride {
     pub id: String,
     /// Path on this host; made (sparse, right size) when it does not exist.
     pub path: PathBuf,
+    /// Format of the image on this host; the primary's when not given. What counts is what the guest sees.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub image_type: Option<FtImageType>,
+}
+
+/// Format of a disk image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum FtImageType {
+    /// The disk's bytes, nothing else.
+    Raw,
+    /// QEMU's format.
+    Qcow2,
 }
 
 /// This host's tap for a network device.
@@ -108,6 +123,9 @@ pub struct FtEnableConfig {
     /// What flushes survive.
     #[serde(default)]
     pub durability: FtDurability,
+    /// What becomes of a shadow that is found to differ.
+    #[serde(default)]
+    pub audit: FtAudit,
     /// Limits; can be changed later with vm.ft-config.
     #[serde(default)]
     pub limits: FtLimits,
@@ -140,6 +158,8 @@ pub struct FtLimits {
     pub precopy_mib_s: u32,
     /// RAM of the shadow that is compared with the primary's, in MiB/s, 0 to 65,536 (R6); 0 = none.
     pub audit_mib_s: u32,
+    /// The same for the shadow's replicated disks.
+    pub audit_disk_mib_s: u32,
     /// Memory of the primary, in MiB, that remembers what was sent last of pages, so that of a page written again only the
     /// changed lines of 64 bytes are sent. 0 to 65,536; 0 = pages are sent whole.
     pub delta_cache_mib: u32,
@@ -156,6 +176,7 @@ impl Default for FtLimits {
             heartbeat_timeout_ms: 500,
             precopy_mib_s: 0,
             audit_mib_s: 16,
+            audit_disk_mib_s: 4,
             delta_cache_mib: 32,
         }
     }
@@ -310,8 +331,8 @@ pub struct FtInfo {
     pub outputs_waiting: u64,
     /// Log-channel bytes sent (backup: received) in all.
     pub bytes_sent: u64,
-    /// RAM bytes of the shadow that were compared with the primary's, in all (R6).
-    pub audited_bytes: u64,
+    /// What was compared of the shadow with the primary (R6).
+    pub audit: FtAuditInfo,
     /// Bytes that wait for the backup now.
     pub lag_bytes: u64,
     /// Share of the time the guest may run, percent; below 100 when it is slowed down.
@@ -364,7 +385,7 @@ impl FtInfo {
             held_outputs: FtStat::default(),
             outputs_waiting: 0,
             bytes_sent: 0,
-            audited_bytes: 0,
+            audit: FtAuditInfo::default(),
             lag_bytes: 0,
             run_percent: 100,
             detection_ms: None,
@@ -404,6 +425,9 @@ pub struct FtLimitsPatch {
     /// See [`FtLimits::audit_mib_s`].
     #[serde(skip_serializing_if = "Option::is_none")]
     pub audit_mib_s: Option<u32>,
+    /// See [`FtLimits::audit_disk_mib_s`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub audit_disk_mib_s: Option<u32>,
     /// See [`FtLimits::delta_cache_mib`].
     #[serde(skip_serializing_if = "Option::is_none")]
     pub delta_cache_mib: Option<u32>,
@@ -421,6 +445,7 @@ impl FtLimitsPatch {
             heartbeat_timeout_ms: self.heartbeat_timeout_ms.unwrap_or(limits.heartbeat_timeout_ms),
             precopy_mib_s: self.precopy_mib_s.unwrap_or(limits.precopy_mib_s),
             audit_mib_s: self.audit_mib_s.unwrap_or(limits.audit_mib_s),
+            audit_disk_mib_s: self.audit_disk_mib_s.unwrap_or(limits.audit_disk_mib_s),
             delta_cache_mib: self.delta_cache_mib.unwrap_or(limits.delta_cache_mib),
         }
     }
@@ -462,6 +487,7 @@ impl FtLimits {
             120_000,
         )?;
         range("audit_mib_s", self.audit_mib_s, 0, 65_536)?;
+        range("audit_disk_mib_s", self.audit_disk_mib_s, 0, 65_536)?;
         range("delta_cache_mib", self.delta_cache_mib, 0, 65_536)?;
         Ok(())
     }

@@ -329,6 +329,7 @@ mod tests {
             insecure: true,
             tls: None,
             durability: Default::default(),
+            audit: Default::default(),
             limits: Default::default(),
             auto_reprotect: true,
             spares: spares.iter().map(|host| format!("tcp:{host}:1")).collect(),

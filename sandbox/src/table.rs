@@ -375,7 +375,7 @@ pub fn calls(kind: ThreadKind) -> Vec<Call> {
         Kind::SerialInput => vec![EVERY, WAIT, DEVICE],
         Kind::Vcpu => vec![RUN, EVERY, VCPU_STATE, DEVICE],
         Kind::Virtio => vec![EVERY, WAIT, FILE_IO, DEVICE],
-        Kind::DiskIo => vec![EVERY, FILE_IO],
+        Kind::DiskIo | Kind::FtAudit => vec![EVERY, FILE_IO],
         Kind::Announce => vec![EVERY, DEVICE],
         Kind::FtControl => vec![EVERY, STREAM, FILE_IO, DEVICE, KVM],
         // Any of them may release outputs: frames and console bytes, which are written to what is open.

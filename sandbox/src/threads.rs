@@ -40,6 +40,8 @@ pub enum ThreadKind {
     Announce,
     /// FT's controller on the primary: pre-copy and checkpoints.
     FtControl,
+    /// Reads disks on the primary, to compare them.
+    FtAudit,
     /// Receives on the primary.
     FtReceiver,
     /// Sends what was posted, on either side.
@@ -64,7 +66,7 @@ pub enum ThreadKind {
 
 impl ThreadKind {
     /// All kinds.
-    pub const ALL: [Self; 23] = [
+    pub const ALL: [Self; 24] = [
         Self::Main,
         Self::Spawner,
         Self::Control,
@@ -78,6 +80,7 @@ impl ThreadKind {
         Self::DiskIo,
         Self::Announce,
         Self::FtControl,
+        Self::FtAudit,
         Self::FtReceiver,
         Self::FtSender,
         Self::FtPulse,

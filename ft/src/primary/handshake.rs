@@ -183,6 +183,7 @@ fn shake_hands(identity: Identity, config: FtEnableConfig, events: EventSink, ca
         limits: config.limits.clone(),
         durability: config.durability,
         reprotect: reprotect.clone(),
+        audit: config.audit,
     };
     let timeouts = stream
         .set_write_timeout(Some(CONNECT_TIMEOUT))
@@ -215,6 +216,7 @@ fn shake_hands(identity: Identity, config: FtEnableConfig, events: EventSink, ca
         transport,
         generation,
         durability: config.durability,
+        audit: config.audit,
         limits: config.limits,
         outbox,
         clock,

@@ -4,18 +4,19 @@
 //!   operator's handle;
 //! * `session`: what the threads share: the protocol core and who performs its actions;
 //! * `controller`: the thread that copies (pre-copy, checkpoints) and that alone pauses and resumes the VM;
-//! * `precopy`, `checkpoint`: what it does in the two stages;
+//! * `precopy`, `checkpoint`: what it does in the two stages; `repair`: what it sends anew;
 //! * `metrics`: measures for `ft info`.
 //!
 //! Threads: controller; sender (writes what device workers post); receiver (acknowledgements: it releases outputs
-//! itself, so that nobody has to be woken); pulse (heartbeats, silence, retries); one per question to the arbiter.
-//! Lock order: core, then interposer, then outbox. Machine calls are made without any of them but the release lock.
+//! itself, so that nobody has to be woken); pulse (heartbeats, silence, retries); audit (reads disks); one per question to the arbiter.
+//! Lock order: core, then interposer, then outbox or audit. Machine calls are made without any of them but the release lock.
 
 pub mod checkpoint;
 pub mod controller;
 mod handshake;
 pub mod metrics;
 pub mod precopy;
+mod repair;
 pub mod session;
 mod stage;
 
@@ -89,6 +90,12 @@ impl Primary {
         spawn(ThreadKind::FtSender, "ft-sender", Box::new(move || s.send()))?;
         let s = session.clone();
         spawn(ThreadKind::FtPulse, "ft-pulse", Box::new(move || s.pulse()))?;
+        let s = session.clone();
+        spawn(
+            ThreadKind::FtAudit,
+            "ft-audit",
+            Box::new(move || s.log.audit.run(s.machine.as_ref())),
+        )?;
         let s = session.clone();
         spawn(
             ThreadKind::FtControl,

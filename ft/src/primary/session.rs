@@ -10,8 +10,9 @@ use std::time::Duration;
 
 use sandbox::ThreadKind;
 
-use crate::arbiter::{Arbiter, Verdict};
-use crate::config::{FtDurability, FtInfo, FtLimits, FtRole, FtState};
+use crate::arbiter::{Arbiter, answer_of};
+use crate::audit::disk::DiskAudit;
+use crate::config::{FtAudit, FtDurability, FtInfo, FtLimits, FtRole, FtState};
 use crate::core::arbitration::Answer;
 use crate::core::primary::{Action, Event, FromBackup, PrimaryState, ToBackup};
 use crate::core::{MAX_IN_FLIGHT, Nanos};
@@ -20,6 +21,7 @@ use crate::interposer::{Interposer, LogSink};
 use crate::machine::{DiskChange, Identity, Protected};
 use crate::outbox::{Clock, Outbox};
 use crate::primary::metrics::Metrics;
+use crate::primary::repair::Repairs;
 use crate::reprotect::Reprotect;
 use crate::transport::Stream;
 use crate::wire::frame::{self, Frame, encode};
@@ -44,6 +46,7 @@ pub struct SessionParts {
     pub(super) peer: String,
     pub(super) transport: String,
     pub(super) durability: FtDurability,
+    pub(super) audit: FtAudit,
     pub(super) generation: u64,
     pub(super) limits: FtLimits,
     pub(super) outbox: Outbox,
@@ -69,6 +72,8 @@ pub(super) struct Log {
     outbox: Arc<Outbox>,
     pub(super) inputs: AtomicU64,
     pub(super) disk: AtomicU64,
+    /// Must know what is changed.
+    pub(super) audit: DiskAudit,
 }
 
 impl LogSink for Log {
@@ -78,6 +83,7 @@ impl LogSink for Log {
     }
 
     fn disk_change(&self, epoch: u64, disk: u16, change: DiskChange) -> u64 {
+        self.audit.changed(disk, &change);
         let frames = frame::disk_change(epoch, disk, change);
         self.disk.fetch_add(frames.len() as u64, Ordering::Relaxed);
         self.outbox.post(frames)
@@ -99,6 +105,8 @@ pub struct Session {
     peer: String,
     transport: String,
     durability: FtDurability,
+    pub(super) audit: FtAudit,
+    pub(super) repairs: Repairs,
     pub(super) core: Mutex<PrimaryState>,
     announced: Mutex<Option<Status>>,
     /// The VM was stopped for good. Only then the state says so: whoever reads `stopped` may count on it (R4).
@@ -133,6 +141,7 @@ impl Session {
                 outbox: outbox.clone(),
                 inputs: AtomicU64::new(0),
                 disk: AtomicU64::new(0),
+                audit: DiskAudit::new(&parts.identity),
             });
             let session = weak.clone();
             let waker = Arc::new(move || {
@@ -152,6 +161,8 @@ impl Session {
                 peer: parts.peer,
                 transport: parts.transport,
                 durability: parts.durability,
+                audit: parts.audit,
+                repairs: Repairs::default(),
                 core: Mutex::new(core),
                 announced: Mutex::new(None),
                 stopped: AtomicBool::new(false),
@@ -213,6 +224,7 @@ impl Session {
     }
 
     pub(super) fn finish(&self) {
+        self.log.audit.close();
         lock(&self.mailbox).finished = true;
         self.ended.notify_all();
     }
@@ -221,6 +233,7 @@ impl Session {
     pub(super) fn quit(&self) {
         self.quit.store(true, Ordering::SeqCst);
         self.outbox.close();
+        self.log.audit.close();
         // With the lock, so that nobody misses it between looking and sleeping.
         drop(lock(&self.mailbox));
         self.changed.notify_all();
@@ -405,6 +418,10 @@ impl Session {
                 Frame::HandedOver(generation) => FromBackup::HandedOver(generation),
                 Frame::HandoverFailed { generation, reason } => FromBackup::HandoverFailed { generation, reason },
                 Frame::Bye(reason) => FromBackup::Bye(reason),
+                Frame::Mismatch(wrong) => match self.note_mismatch(&wrong) {
+                    Ok(message) => message,
+                    Err(reason) => return self.feed(Event::PeerLost(reason)),
+                },
                 _ => {
                     return self.feed(Event::PeerLost(
                         "the backup sent a frame that only a primary sends".into(),
@@ -457,6 +474,7 @@ impl Session {
     pub(super) fn info(&self) -> FtInfo {
         let mut info = FtInfo::disabled();
         lock(&self.metrics).report(&mut info);
+        (info.audit.policy, info.audit.disk_rounds) = (self.audit, self.log.audit.rounds());
         let status = self.status();
         let core = lock(&self.core);
         (info.lag_bytes, info.run_percent) = (core.lag(), core.percent());
@@ -477,14 +495,5 @@ impl Session {
         info.bytes_sent = self.outbox.bytes_written();
         info.tell_spares(self.reprotect.as_ref());
         info
-    }
-}
-
-/// The arbiter's answer, for the core.
-pub(crate) fn answer_of(answer: Result<Verdict, crate::arbiter::ArbiterError>) -> Answer {
-    match answer {
-        Ok(Verdict::Won) => Answer::Won,
-        Ok(Verdict::Lost { winner }) => Answer::Lost { winner },
-        Err(e) => Answer::Unknown { reason: e.to_string() },
     }
 }

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::config::{FtDurability, FtLimits};
+use crate::config::{FtAudit, FtDurability, FtLimits};
 use crate::machine::{Identity, Refusal};
 use crate::reprotect::Reprotect;
 
@@ -27,6 +27,8 @@ pub struct Hello {
     pub durability: FtDurability,
     /// How the VM finds its next backup by itself, if it is to.
     pub reprotect: Option<Reprotect>,
+    /// What becomes of a shadow that differs.
+    pub audit: FtAudit,
 }
 
 /// Two hosts' TSC frequencies may differ by one part in so many: the kernel measures them anew at each boot.

@@ -182,7 +182,7 @@ impl FtPlugin {
         if let Session::Primary(primary) = self.session() {
             primary.disable().map_err(|e| error(e.status(), e.code(), &e))?;
         }
-        let machine = ProtectedVm::new(vm).map_err(|e| error(500, "ft_not_possible", e))?;
+        let machine = ProtectedVm::new(vm);
         let primary = offer.begin(machine).map_err(|e| error(e.status(), e.code(), &e))?;
         end(self.put(Session::Primary(Arc::new(primary))));
         Ok(())

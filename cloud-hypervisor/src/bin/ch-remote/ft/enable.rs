@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, bail};
 use api::Client;
 use api::options::ft as options;
-use ft::config::{FtDurability, FtEnableConfig, FtInfo, FtLimits, FtProgress, FtState};
+use ft::config::{FtAudit, FtDurability, FtEnableConfig, FtInfo, FtLimits, FtProgress, FtState};
 
 use super::info::bytes;
 use crate::args::Enable;
@@ -28,6 +28,11 @@ pub fn run(client: &Client, args: &Enable, json: bool) -> Result<()> {
             FtDurability::DiskOfBoth
         } else {
             FtDurability::MemoryOfBoth
+        },
+        audit: if args.audit == FtAudit::Repair.name() {
+            FtAudit::Repair
+        } else {
+            FtAudit::Stop
         },
         limits: options::limits(&args.limits)?.apply(&FtLimits::default()),
         auto_reprotect: args.auto_reprotect,

@@ -10,7 +10,7 @@ fn meaning(state: FtState) -> &'static str {
     match state {
         FtState::Disabled => "fault tolerance is off",
         FtState::Listening => "waits for a primary",
-        FtState::Syncing => "RAM and disks are being copied, not yet protected",
+        FtState::Syncing => "RAM and disks are being copied, not protected until then",
         FtState::Protected => "the backup can take over at any time",
         FtState::Solo => "the VM runs here without a backup: protect it again with `ft enable`",
         FtState::TakingOver => "the VM is being activated here",
@@ -101,7 +101,20 @@ pub fn table(info: &FtInfo) {
         "bytes sent"
     };
     row(sent, &bytes(info.bytes_sent as f64));
-    row("RAM audited", &bytes(info.audited_bytes as f64));
+    let audited = |compared: u64, rounds: u64| match info.role {
+        FtRole::Backup => bytes(compared as f64),
+        _ => format!("{}, {rounds} times all of it", bytes(compared as f64)),
+    };
+    row("RAM audited", &audited(info.audit.ram_bytes, info.audit.ram_rounds));
+    row("disks audited", &audited(info.audit.disk_bytes, info.audit.disk_rounds));
+    let (differed, anew) = (info.audit.mismatches, info.audit.repairs);
+    row(
+        "audit",
+        &format!(
+            "{}, {differed} places differed, {anew} copied anew",
+            info.audit.policy.name()
+        ),
+    );
     row("lag", &bytes(info.lag_bytes as f64));
     row("guest may run", &format!("{} % of the time", info.run_percent));
     for (name, value) in [
@@ -144,6 +157,7 @@ pub fn limits(limits: &FtLimits) {
     };
     row("precopy_mib_s", &rate(limits.precopy_mib_s, "no limit"));
     row("audit_mib_s", &rate(limits.audit_mib_s, "none"));
+    row("audit_disk_mib_s", &rate(limits.audit_disk_mib_s, "none"));
     row("delta_cache_mib", &format!("{} MiB", limits.delta_cache_mib));
 }
 
