@@ -40,6 +40,28 @@ impl<M: Model> Handle<M> {
         Ok(handle)
     }
 
+    /// As [`Handle::new`], without a worker: [`Handle::serve`] does its work on the caller's thread, so that what
+    /// happens depends on the calls alone. For the fuzz targets.
+    #[cfg(feature = "fuzzing")]
+    pub fn without_worker(
+        id: impl Into<String>,
+        memory: Arc<GuestMemory>,
+        model: M,
+        resources: PciResources,
+    ) -> Result<Self, Error> {
+        let device = Device::new(id.into(), memory, model, resources)?;
+        device.watch_all()?;
+        Ok(Self { device })
+    }
+
+    /// What the worker does until it would sleep. The device must not be held.
+    #[cfg(feature = "fuzzing")]
+    pub fn serve(&self) {
+        use crate::worker::{Round, round};
+        let mut ready = crate::model::Ready::default();
+        while round(&self.device, &mut ready, false) == Round::Served {}
+    }
+
     /// Device id, for example `_disk0`.
     pub fn id(&self) -> &str {
         &self.device.id
