@@ -56,7 +56,13 @@ pub fn run(data: &[u8]) {
     // It may hang up in the midst of it.
     let sent = stream.write_all(data).and_then(|()| stream.shutdown(Shutdown::Write));
     if let Err(e) = sent {
-        assert!(matches!(e.kind(), ErrorKind::BrokenPipe | ErrorKind::ConnectionReset | ErrorKind::NotConnected), "{e}");
+        assert!(
+            matches!(
+                e.kind(),
+                ErrorKind::BrokenPipe | ErrorKind::ConnectionReset | ErrorKind::NotConnected
+            ),
+            "{e}"
+        );
     }
     let mut answer = Vec::new();
     match stream.read_to_end(&mut answer) {
@@ -65,7 +71,12 @@ pub fn run(data: &[u8]) {
     }
     if let Some(status) = answer.get(9..12) {
         assert!(answer.starts_with(b"HTTP/1."), "no HTTP answer");
-        assert_ne!(status, b"500", "the server failed: {}", String::from_utf8_lossy(&answer));
+        assert_ne!(
+            status,
+            b"500",
+            "the server failed: {}",
+            String::from_utf8_lossy(&answer)
+        );
         reached("HTTP answer");
     }
 }
@@ -74,7 +85,10 @@ pub fn run(data: &[u8]) {
 pub fn seeds() -> Vec<Vec<u8>> {
     let config = crate::api_requests::CONFIG;
     let put = |path: &str, body: &str| {
-        format!("PUT /api/v1/{path} HTTP/1.1\r\nHost: x\r\nContent-Length: {}\r\n\r\n{body}", body.len())
+        format!(
+            "PUT /api/v1/{path} HTTP/1.1\r\nHost: x\r\nContent-Length: {}\r\n\r\n{body}",
+            body.len()
+        )
     };
     let ping = "GET /api/v1/vmm.ping HTTP/1.1\r\nHost: x\r\n\r\n";
     [

@@ -59,7 +59,11 @@ pub fn run(data: &[u8]) {
     let n = input.u8().into();
     let method = if choice & 1 == 0 { "PUT" } else { "GET" };
     let path = String::from_utf8_lossy(input.bytes(n)).into_owned();
-    let path = if choice & 2 == 0 { format!("{PREFIX}{path}") } else { path };
+    let path = if choice & 2 == 0 {
+        format!("{PREFIX}{path}")
+    } else {
+        path
+    };
     if let Ok(endpoint) = find(method, &path)
         && let Ok(request) = endpoint.request(input.rest())
     {
@@ -83,20 +87,32 @@ pub fn seeds() -> Vec<Vec<u8>> {
         ("vm.create", CONFIG.to_string()),
         ("vm.create", r#"{"payload":{"kernel":"/k"}}"#.into()),
         ("vm.snapshot", r#"{"destination_url":"file:///s"}"#.into()),
-        ("vm.restore", r#"{"source_url":"file:///s","prefault":true,"memory_restore_mode":"Copy","resume":true}"#.into()),
+        (
+            "vm.restore",
+            r#"{"source_url":"file:///s","prefault":true,"memory_restore_mode":"Copy","resume":true}"#.into(),
+        ),
         (
             "vm.ft-receive",
-            format!(r#"{{"listen":"tcp:0.0.0.0:7000","arbiter":"file:/a","tls":{tls},"disks":[{{"id":"d","path":"/d"}}],"net":[{{"id":"n","tap":"t"}}]}}"#),
+            format!(
+                r#"{{"listen":"tcp:0.0.0.0:7000","arbiter":"file:/a","tls":{tls},"disks":[{{"id":"d","path":"/d"}}],"net":[{{"id":"n","tap":"t"}}]}}"#
+            ),
         ),
         (
             "vm.ft-enable",
-            format!(r#"{{"peer":"tcp:[::1]:7000","arbiter":"etcd:a:2379+b:2379+prefix=/p","limits":{limits},"insecure":true}}"#),
+            format!(
+                r#"{{"peer":"tcp:[::1]:7000","arbiter":"etcd:a:2379+b:2379+prefix=/p","limits":{limits},"insecure":true}}"#
+            ),
         ),
         ("vm.ft-config", limits.to_string()),
         ("vm.boot", String::new()),
         ("vm.ft-info", " ".into()),
     ];
-    let index = |name: &str| ENDPOINTS.iter().position(|e| e.name == name).expect("an endpoint that is served") as u8;
+    let index = |name: &str| {
+        ENDPOINTS
+            .iter()
+            .position(|e| e.name == name)
+            .expect("an endpoint that is served") as u8
+    };
     let mut seeds: Vec<Vec<u8>> = bodies
         .iter()
         .map(|(name, body)| [&[index(name)][..], body.as_bytes()].concat())

@@ -2,8 +2,8 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering::Relaxed};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering::Relaxed};
 
 use virtio_devices::backend::{BlockBackend, BlockCompletion, BlockOp};
 use virtio_devices::block::BlockOptions;
@@ -85,10 +85,17 @@ impl MemoryDisk {
                 return;
             }
             // The newest first, or the oldest.
-            let index = if self.mood.load(Relaxed) & 2 != 0 { self.waiting.len() - 1 } else { 0 };
+            let index = if self.mood.load(Relaxed) & 2 != 0 {
+                self.waiting.len() - 1
+            } else {
+                0
+            };
             let request = self.waiting.remove(index);
             let result = self.perform(&request);
-            self.done.push(BlockCompletion { tag: request.tag, result });
+            self.done.push(BlockCompletion {
+                tag: request.tag,
+                result,
+            });
             self.event.write(1).expect("an event that can be counted");
         }
     }
@@ -101,7 +108,10 @@ impl BlockBackend for MemoryDisk {
 
     unsafe fn submit(&mut self, tag: u64, op: BlockOp, iovecs: &[libc::iovec]) -> io::Result<()> {
         assert!(in_ram(&self.memory, iovecs), "a buffer out of guest RAM");
-        assert!(self.waiting.iter().all(|other| other.tag != tag), "two requests with one tag");
+        assert!(
+            self.waiting.iter().all(|other| other.tag != tag),
+            "two requests with one tag"
+        );
         let request = Waiting {
             tag,
             op,
@@ -109,12 +119,19 @@ impl BlockBackend for MemoryDisk {
         };
         let len: usize = iovecs.iter().map(|iovec| iovec.iov_len).sum();
         if let BlockOp::Read { offset } | BlockOp::Write { offset } = op {
-            assert!(offset as usize + len <= SIZE && len.is_multiple_of(512), "past the end of the disk");
+            assert!(
+                offset as usize + len <= SIZE && len.is_multiple_of(512),
+                "past the end of the disk"
+            );
         }
         if let Some((start, end)) = changed(&request) {
             assert!(end <= SIZE as u64, "past the end of the disk");
             // R3: changes that overlap are one after the other.
-            let overlaps = self.waiting.iter().filter_map(changed).any(|(s, e)| s < end && start < e);
+            let overlaps = self
+                .waiting
+                .iter()
+                .filter_map(changed)
+                .any(|(s, e)| s < end && start < e);
             assert!(!overlaps, "changes that overlap are under way together");
         }
         if self.mood.load(Relaxed) & 8 != 0 {
@@ -126,7 +143,11 @@ impl BlockBackend for MemoryDisk {
 
     fn completions(&mut self, out: &mut Vec<BlockCompletion>) {
         // Some moods leave requests under way for as long as they last.
-        let count = if self.mood.load(Relaxed) & 1 != 0 { 0 } else { usize::MAX };
+        let count = if self.mood.load(Relaxed) & 1 != 0 {
+            0
+        } else {
+            usize::MAX
+        };
         self.finish(count);
         out.append(&mut self.done);
     }
@@ -221,7 +242,10 @@ pub fn run(data: &[u8]) {
     put(&driver, BUFFERS, &[4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
     driver.add(0, &[(BUFFERS, 16, false), (BUFFERS + 64, 1, true)], false);
     driver.notify(0);
-    assert!(served.load(Relaxed) > before && driver.used(0) == 1, "a reset device does not serve");
+    assert!(
+        served.load(Relaxed) > before && driver.used(0) == 1,
+        "a reset device does not serve"
+    );
 }
 
 /// Inputs to begin with.

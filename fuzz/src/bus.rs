@@ -48,7 +48,12 @@ impl Bus {
         let block = Driver::on(block, memory.clone(), "_disk0", BAR + BAR_SIZE, &machine);
         let console = Driver::on(console, memory.clone(), "__console", BAR + 2 * BAR_SIZE, &machine);
         let rng = Driver::on(rng, memory, "__rng", BAR + 3 * BAR_SIZE, &machine);
-        let functions = vec![net.handle.pci(), block.handle.pci(), console.handle.pci(), rng.handle.pci()];
+        let functions = vec![
+            net.handle.pci(),
+            block.handle.pci(),
+            console.handle.pci(),
+            rng.handle.pci(),
+        ];
         Self {
             root: PciRoot::new(functions),
             net,

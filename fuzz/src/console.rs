@@ -106,12 +106,20 @@ pub fn run(data: &[u8]) {
         3 => driver.handle.exchange(|backend| backend),
         4 | 5 => {
             let len = input.u16().into();
-            driver.add(0, &[(BUFFERS, len, true), (BUFFERS + 0x8000, 16, true)], input.u8() & 1 != 0);
+            driver.add(
+                0,
+                &[(BUFFERS, len, true), (BUFFERS + 0x8000, 16, true)],
+                input.u8() & 1 != 0,
+            );
             driver.notify(0);
         }
         _ => {
             let len = input.u16().into();
-            driver.add(1, &[(BUFFERS, len, false), (BUFFERS + 0x3000, 16, false)], input.u8() & 1 != 0);
+            driver.add(
+                1,
+                &[(BUFFERS, len, false), (BUFFERS + 0x3000, 16, false)],
+                input.u8() & 1 != 0,
+            );
             driver.notify(1);
         }
     });
@@ -120,14 +128,19 @@ pub fn run(data: &[u8]) {
     driver.bring_up(0);
     driver.add(1, &[(BUFFERS, 60, false)], false);
     driver.notify(1);
-    assert!(terminal.bytes().shown == 60 && driver.used(1) == 1, "a reset device does not show");
+    assert!(
+        terminal.bytes().shown == 60 && driver.used(1) == 1,
+        "a reset device does not show"
+    );
 }
 
 /// Inputs to begin with.
 pub fn seeds() -> Vec<Vec<u8>> {
     let start = [1, 0, 0, 0, 0];
     let output = [0, 6, 200, 0, 0, 0, 6, 0xff, 0xff, 1];
-    let input = [0, 1, 3, b'a', b'b', b'c', 0, 4, 2, 0, 0, 0, 4, 100, 0, 1, 0, 1, 2, b'x', b'y'];
+    let input = [
+        0, 1, 3, b'a', b'b', b'c', 0, 4, 2, 0, 0, 0, 4, 100, 0, 1, 0, 1, 2, b'x', b'y',
+    ];
     vec![
         [&start[..], &output, &input].concat(),
         [&start[..], &input, &[17, 3], &output, &[0, 0, 1], &input].concat(),

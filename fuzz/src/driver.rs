@@ -139,7 +139,6 @@ fn pieces(input: &mut Input<'_>) -> Vec<(u64, u32, bool)> {
     (0..shape % 8).map(piece).collect()
 }
 
-
 /// A driver with its device.
 pub struct Driver<M: Model> {
     /// Guest RAM.
@@ -228,7 +227,9 @@ impl<M: Model> Driver<M> {
         for i in 0..self.queues.len() {
             let (size, at) = (self.queues[i].size, self.queues[i].desc_at);
             let zero = vec![0; 0x2000];
-            self.memory.write_slice(&zero, GuestAddress(at + 0x1000)).expect("rings in RAM");
+            self.memory
+                .write_slice(&zero, GuestAddress(at + 0x1000))
+                .expect("rings in RAM");
             self.write(0x16, 2, i as u64);
             for (register, len, value) in [
                 (0x18, 2, u64::from(size)),
@@ -374,7 +375,12 @@ impl<M: Model> Driver<M> {
             }
             10 => {
                 let q = queue(input);
-                let desc = (address(input), length(input), u16::from(input.u8()), u16::from(input.u8()));
+                let desc = (
+                    address(input),
+                    length(input),
+                    u16::from(input.u8()),
+                    u16::from(input.u8()),
+                );
                 let index = input.u8().into();
                 self.put_desc(self.queues[q].desc_at, index, desc);
             }
@@ -394,7 +400,11 @@ impl<M: Model> Driver<M> {
                 self.put(at, input.bytes(n.into()));
             }
             14 => {
-                let offset = if input.u8() & 1 == 0 { input.below(0x40) as u64 } else { input.u16().into() };
+                let offset = if input.u8() & 1 == 0 {
+                    input.below(0x40) as u64
+                } else {
+                    input.u16().into()
+                };
                 let len = [1, 2, 4, 8][input.below(4)];
                 let value = input.number();
                 self.write(offset, len, value);

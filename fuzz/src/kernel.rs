@@ -50,7 +50,14 @@ fn elf() -> Vec<u8> {
     put(&mut file, 32, &64u64.to_le_bytes());
     // PT_LOAD: flags, offset, vaddr, paddr, sizes, alignment.
     put(&mut file, 64, &[1, 0, 0, 0, 5]);
-    for (at, value) in [(8, 0x100u64), (16, 0x10_0000), (24, 0x10_0000), (32, 0x40), (40, 0x1000), (48, 0x1000)] {
+    for (at, value) in [
+        (8, 0x100u64),
+        (16, 0x10_0000),
+        (24, 0x10_0000),
+        (32, 0x40),
+        (40, 0x1000),
+        (48, 0x1000),
+    ] {
         put(&mut file, 64 + at, &value.to_le_bytes());
     }
     // PT_NOTE: Xen's XEN_ELFNOTE_PHYS32_ENTRY.
@@ -84,5 +91,10 @@ fn bzimage() -> Vec<u8> {
 /// Inputs to begin with.
 pub fn seeds() -> Vec<Vec<u8>> {
     let image = |start: [u8; 2], image: Vec<u8>| [&start[..], &image].concat();
-    vec![image([0, 10], elf()), image([2, 10], elf()), image([0, 10], bzimage()), image([1, 99], bzimage())]
+    vec![
+        image([0, 10], elf()),
+        image([2, 10], elf()),
+        image([0, 10], bzimage()),
+        image([1, 99], bzimage()),
+    ]
 }

@@ -114,7 +114,10 @@ impl Backup {
         for run in runs {
             let (start, end) = (run.gpa, run.gpa + run.count * PAGE_SIZE as u64);
             let inside = |(base, len): &(u64, u64)| *base <= start && end <= base + len;
-            assert!(identity().memory.iter().any(inside), "pages out of RAM reach the shadow");
+            assert!(
+                identity().memory.iter().any(inside),
+                "pages out of RAM reach the shadow"
+            );
             self.written += run.count * PAGE_SIZE as u64;
         }
     }
@@ -129,7 +132,9 @@ impl Backup {
     }
 
     fn apply(&mut self, epoch: u64) {
-        let Some(staged) = self.waiting.remove(&epoch) else { return };
+        let Some(staged) = self.waiting.remove(&epoch) else {
+            return;
+        };
         for (runs, data) in &staged.pages {
             let pages: u64 = runs.iter().map(|run| run.count).sum();
             assert_eq!(data.len() as u64, pages * PAGE_SIZE as u64);
@@ -148,7 +153,10 @@ impl Backup {
             match action {
                 Action::Apply(epoch) => {
                     let staged = self.staging.take(epoch).expect("a whole epoch");
-                    assert!(staged.bytes() <= 2 * RAM + LOG + (64 << 20), "an epoch beyond all bounds");
+                    assert!(
+                        staged.bytes() <= 2 * RAM + LOG + (64 << 20),
+                        "an epoch beyond all bounds"
+                    );
                     self.waiting.insert(epoch, staged);
                     if self.applies {
                         self.apply(epoch);
@@ -160,7 +168,11 @@ impl Backup {
                 }
                 Action::Activate(epoch) => {
                     reached("takeover");
-                    assert_eq!(epoch, self.core.applied(), "R2: a takeover at an epoch that is not applied");
+                    assert_eq!(
+                        epoch,
+                        self.core.applied(),
+                        "R2: a takeover at an epoch that is not applied"
+                    );
                     let inputs = self.staging.take_uncommitted_inputs(epoch);
                     assert!(inputs.iter().all(|GuestInput::Frame { nic, .. }| *nic < 2));
                     self.feed(Event::Activated);
@@ -186,7 +198,10 @@ impl Backup {
                 if checked.is_ok() {
                     let before = self.written;
                     self.check_pages(&runs);
-                    assert!(self.written - before <= RAM, "one frame makes the backup write more than the VM has");
+                    assert!(
+                        self.written - before <= RAM,
+                        "one frame makes the backup write more than the VM has"
+                    );
                 }
                 checked
             }
@@ -223,7 +238,9 @@ impl Backup {
                 return Ok(());
             }
             Frame::Limits(limits) => {
-                self.feed(Event::Peer(FromPrimary::Timeout(ms(limits.heartbeat_timeout_ms.into()))));
+                self.feed(Event::Peer(FromPrimary::Timeout(ms(limits
+                    .heartbeat_timeout_ms
+                    .into()))));
                 return Ok(());
             }
             Frame::Hello(hello) => {
@@ -321,7 +338,11 @@ fn take(backup: &mut Backup, got: Result<Frame, String>) {
     let result = got.and_then(|frame| {
         reached("frame decoded");
         check_round_trip(&frame);
-        if backup.core.takes_data() { backup.take(frame) } else { Ok(()) }
+        if backup.core.takes_data() {
+            backup.take(frame)
+        } else {
+            Ok(())
+        }
     });
     // The first error ends a session. Here only some do, so that one input tries more.
     if let Err(reason) = result
@@ -392,7 +413,10 @@ fn to_primary(input: &mut Input<'_>) {
                 primary::Action::Checkpoint => started = true,
                 primary::Action::Release(epoch) => {
                     reached("outputs released");
-                    assert!(epoch <= cut, "R1: outputs of epoch {epoch} are released, {cut} were ended");
+                    assert!(
+                        epoch <= cut,
+                        "R1: outputs of epoch {epoch} are released, {cut} were ended"
+                    );
                 }
                 primary::Action::Send(ToBackup::Handover(epoch)) => assert!(epoch <= cut),
                 _ => {}
@@ -458,7 +482,16 @@ fn frames() -> Vec<Frame> {
         },
         Frame::Outputs {
             epoch: 1,
-            outputs: vec![Output::Frame { nic: 0, data: vec![3; 60] }, Output::Console { console: 0, data: vec![4; 3] }],
+            outputs: vec![
+                Output::Frame {
+                    nic: 0,
+                    data: vec![3; 60],
+                },
+                Output::Console {
+                    console: 0,
+                    data: vec![4; 3],
+                },
+            ],
         },
         Frame::Audit {
             epoch: 1,
@@ -499,7 +532,16 @@ pub fn seeds() -> Vec<Vec<u8>> {
         raw.extend(framed(seq as u64, kind, 0, 0, 0, &payload));
         let one = piece(kind, &payload);
         each.push([&[1, 0, 1][..], &one].concat());
-        if !matches!(frame.kind(), Kind::Hello | Kind::Disarm | Kind::Handover | Kind::Ack | Kind::HandedOver | Kind::HandoverFailed | Kind::Bye) {
+        if !matches!(
+            frame.kind(),
+            Kind::Hello
+                | Kind::Disarm
+                | Kind::Handover
+                | Kind::Ack
+                | Kind::HandedOver
+                | Kind::HandoverFailed
+                | Kind::Bye
+        ) {
             epoch.extend([1]);
             epoch.extend(&one);
             epoch.push(0);
@@ -512,7 +554,10 @@ pub fn seeds() -> Vec<Vec<u8>> {
     epoch.extend([1, GOOD_END, 0, 0, 0]);
     let mut taken_over = epoch.clone();
     taken_over.extend([1]);
-    taken_over.extend(piece(Kind::Handover as u8, &postcard::to_stdvec(&1u64).expect("a number")));
+    taken_over.extend(piece(
+        Kind::Handover as u8,
+        &postcard::to_stdvec(&1u64).expect("a number"),
+    ));
     taken_over.push(0);
     let mut seeds = vec![raw, epoch, taken_over, back];
     seeds.extend(each);

@@ -69,7 +69,10 @@ fn iovecs(lens: impl Iterator<Item = (*const u8, usize)>) -> Vec<libc::iovec> {
 impl NetBackend for Tap {
     fn transmit(&mut self, frame: &[IoSlice<'_>]) -> io::Result<()> {
         let len: usize = frame.iter().map(|part| part.len()).sum();
-        assert!((VNET_HEADER_SIZE..=MAX_FRAME_SIZE).contains(&len), "a frame of {len} bytes");
+        assert!(
+            (VNET_HEADER_SIZE..=MAX_FRAME_SIZE).contains(&len),
+            "a frame of {len} bytes"
+        );
         let mut wire = self.network.wire();
         match wire.mood {
             mood if mood & 1 != 0 => return Err(io::ErrorKind::WouldBlock.into()),
@@ -77,7 +80,10 @@ impl NetBackend for Tap {
             _ => {}
         }
         // Reads every byte, as a tap does.
-        let sum = frame.iter().flat_map(|part| part.iter()).fold(0u64, |sum, byte| sum + u64::from(*byte));
+        let sum = frame
+            .iter()
+            .flat_map(|part| part.iter())
+            .fold(0u64, |sum, byte| sum + u64::from(*byte));
         wire.sent += 1 + u64::from(sum == u64::MAX);
         reached("net transmit");
         Ok(())
@@ -185,7 +191,10 @@ pub fn special(driver: &mut Driver<Net>, input: &mut Input<'_>, network: &Networ
             let frame = own_frame(input);
             put(driver, &frame);
             let cut = input.below(frame.len()) as u32;
-            let (first, second) = ((BUFFERS, cut, false), (BUFFERS + u64::from(cut), frame.len() as u32 - cut, false));
+            let (first, second) = (
+                (BUFFERS, cut, false),
+                (BUFFERS + u64::from(cut), frame.len() as u32 - cut, false),
+            );
             driver.add(1, &[first, second], input.u8() & 1 != 0);
             driver.notify(1);
         }
@@ -215,7 +224,10 @@ pub fn run(data: &[u8]) {
     driver.bring_up(0);
     driver.add(1, &[(BUFFERS, 60, false)], false);
     driver.notify(1);
-    assert!(network.wire().sent == 1 && driver.used(1) == 1, "a reset device does not send");
+    assert!(
+        network.wire().sent == 1 && driver.used(1) == 1,
+        "a reset device does not send"
+    );
     driver.add(0, &[(BUFFERS, 1600, true)], false);
     driver.notify(0);
     network.arrive(vec![1; 100]);
@@ -226,8 +238,12 @@ pub fn run(data: &[u8]) {
 /// Inputs to begin with.
 pub fn seeds() -> Vec<Vec<u8>> {
     let receive = [0, 4, 8, 1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 1, 1, 100, 0, 7, 8, 0];
-    let long = [0, 1, 3, 0, 0xf0, 0, 0, 9, 0, 4, 15, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2];
-    let send = [0, 7, 0, 192, 168, 0, 1, 5, 0, 20, 0, 0, 7, 1, 0, 1, 2, 3, 4, 70, 0, 30, 1, 0, 8];
+    let long = [
+        0, 1, 3, 0, 0xf0, 0, 0, 9, 0, 4, 15, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2,
+    ];
+    let send = [
+        0, 7, 0, 192, 168, 0, 1, 5, 0, 20, 0, 0, 7, 1, 0, 1, 2, 3, 4, 70, 0, 30, 1, 0, 8,
+    ];
     let blocked = [0, 0, 1, 0, 7, 0, 1, 2, 3, 4, 0, 0, 9, 0, 0, 0, 0];
     let mut seeds = Vec::new();
     for start in [[0u8, 1, 0xff, 0xff, 0xff, 0], [1, 0, 0x20, 0, 0, 0]] {

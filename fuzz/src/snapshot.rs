@@ -88,7 +88,9 @@ impl Machine {
         VmState {
             version: state::VERSION,
             vcpus: vec![vcpu],
-            clock: ClockState { data: Default::default() },
+            clock: ClockState {
+                data: Default::default(),
+            },
             ioapic: self.ioapic.state(),
             serial: self.serial.state(),
             rtc: self.rtc.state(),
@@ -148,7 +150,9 @@ fn try_state(state: &VmState) {
 fn directory() -> &'static Path {
     static DIR: OnceLock<(tempfile::TempDir, PathBuf)> = OnceLock::new();
     let (_, path) = DIR.get_or_init(|| {
-        let dir = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).expect("a directory");
+        let dir = tempfile::tempdir_in("/dev/shm")
+            .or_else(|_| tempfile::tempdir())
+            .expect("a directory");
         let path = dir.path().to_path_buf();
         (dir, path)
     });
@@ -162,7 +166,10 @@ fn files(input: &mut Input<'_>) {
     write("config.json", input.bytes(config));
     write("memory-ranges", input.bytes(memory));
     if kind & 1 == 0 {
-        let file = std::fs::File::options().write(true).open(dir.join("memory-ranges")).expect("a file");
+        let file = std::fs::File::options()
+            .write(true)
+            .open(dir.join("memory-ranges"))
+            .expect("a file");
         file.set_len(RAM).expect("a file of that length");
     }
     write("state.json", input.rest());
@@ -173,7 +180,11 @@ fn files(input: &mut Input<'_>) {
         }
     }
     if kind & 2 == 0 {
-        let ram = GuestRam::new(&MemoryConfig { size: RAM, ..Default::default() }).expect("RAM");
+        let ram = GuestRam::new(&MemoryConfig {
+            size: RAM,
+            ..Default::default()
+        })
+        .expect("RAM");
         match snapshot::load_memory(dir, &ram) {
             Ok(()) => {
                 reached("memory loaded");
@@ -217,7 +228,13 @@ pub fn seeds() -> Vec<Vec<u8>> {
         head.extend([4, 0]);
         seeds.push([&head[..], config, b"RAM!", &json].concat());
         seeds.push([&[1][..], &json].concat());
-        seeds.push([&[2][..], &postcard::to_stdvec(&state).expect("a state that can be written")].concat());
+        seeds.push(
+            [
+                &[2][..],
+                &postcard::to_stdvec(&state).expect("a state that can be written"),
+            ]
+            .concat(),
+        );
     }
     seeds
 }

@@ -69,7 +69,11 @@ fn try_one(target: &Target, input: &[u8]) {
     let dir = here().join("findings").join(target.name);
     let file = dir.join(format!("replay-{:08x}", crc32c::crc32c(input)));
     fs::create_dir_all(&dir).and_then(|()| fs::write(&file, input)).unwrap();
-    let shown = file.strip_prefix(here().parent().unwrap_or(Path::new("/"))).unwrap().display().to_string();
+    let shown = file
+        .strip_prefix(here().parent().unwrap_or(Path::new("/")))
+        .unwrap()
+        .display()
+        .to_string();
     panic!("a finding: scripts/fuzz --replay {} {shown}", target.name);
 }
 
@@ -90,7 +94,11 @@ fn seeds_regressions_and_their_neighbours_break_no_rule_and_get_far() {
         }
         let after = reach::counts();
         for place in target.reaches {
-            assert!(after.get(place) > before.get(place), "{}: {place} is not reached", target.name);
+            assert!(
+                after.get(place) > before.get(place),
+                "{}: {place} is not reached",
+                target.name
+            );
         }
     }
 }
