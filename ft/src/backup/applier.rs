@@ -84,6 +84,13 @@ fn apply(session: &Session, shadow: &mut dyn Shadow, epoch: u64, staged: &Staged
         }
     }
     write_zeroes(shadow, &staged.zero)?;
+    for (pages, data) in &staged.lines {
+        let mut at = 0;
+        for (address, len) in pages.iter().flat_map(|page| page.runs()) {
+            shadow.write_memory(address, &data[at..at + len])?;
+            at += len;
+        }
+    }
     for (disk, change) in &staged.disk {
         if session.on_disk() || *change != DiskChange::Flush {
             shadow.apply_disk(*disk, change)?;

@@ -331,6 +331,7 @@ impl Session {
             }
             Frame::Pages { epoch, runs, data } => staging.pages(epoch, runs, data),
             Frame::ZeroPages { epoch, runs } => staging.zero_pages(epoch, &runs),
+            Frame::Lines { epoch, pages, data } => staging.lines(epoch, pages, data),
             Frame::Disk { epoch, disk, change } => staging.disk(epoch, disk, change),
             Frame::Input { epoch, input } => staging.input(epoch, input),
             Frame::Outputs { epoch, outputs } => {
