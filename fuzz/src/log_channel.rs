@@ -17,6 +17,7 @@ use ft::wire::decode::decode;
 use ft::wire::frame::{EndMarker, Frame, Kind, encode};
 use ft::wire::header::Header;
 use ft::wire::hello::{Hello, compare};
+use ft::wire::lines::{LINE, PageLines};
 use ft::wire::reader::FrameReader;
 
 use crate::input::Input;
@@ -141,6 +142,16 @@ impl Backup {
             self.check_pages(runs);
         }
         self.check_pages(&staged.zero);
+        for (pages, data) in &staged.lines {
+            let mut len = 0;
+            for (gpa, run) in pages.iter().flat_map(|page| page.runs()) {
+                assert!(run <= PAGE_SIZE && gpa % PAGE_SIZE as u64 + run as u64 <= PAGE_SIZE as u64);
+                len += run;
+            }
+            assert_eq!(data.len(), len);
+            let runs: Vec<PageRun> = pages.iter().map(|page| PageRun { gpa: page.gpa, count: 1 }).collect();
+            self.check_pages(&runs);
+        }
         for (disk, change) in &staged.disk {
             self.check_disk(*disk, change);
         }
@@ -214,6 +225,7 @@ impl Backup {
             }
             Frame::Pages { epoch, runs, data } => self.staging.pages(epoch, runs, data),
             Frame::ZeroPages { epoch, runs } => self.staging.zero_pages(epoch, &runs),
+            Frame::Lines { epoch, pages, data } => self.staging.lines(epoch, pages, data),
             Frame::Disk { epoch, disk, change } => self.staging.disk(epoch, disk, change),
             Frame::Input { epoch, input } => self.staging.input(epoch, input),
             Frame::Outputs { epoch, outputs } => self.staging.outputs(epoch, outputs),
@@ -262,6 +274,7 @@ impl Backup {
         match frame {
             Frame::Pages { epoch, runs, .. } => add(*epoch, &mut |m| m.pages += pages(runs)),
             Frame::ZeroPages { epoch, runs } => add(*epoch, &mut |m| m.zero_pages += pages(runs)),
+            Frame::Lines { epoch, pages, .. } => add(*epoch, &mut |m| m.line_pages += pages.len() as u64),
             Frame::Disk { epoch, .. } => add(*epoch, &mut |m| m.disk += 1),
             Frame::Input { epoch, .. } => add(*epoch, &mut |m| m.inputs += 1),
             Frame::Outputs { epoch, outputs } => add(*epoch, &mut |m| m.outputs += outputs.len() as u64),
@@ -462,6 +475,14 @@ fn frames() -> Vec<Frame> {
             epoch: 1,
             runs: vec![run(PAGE_SIZE as u64, 1)],
             data: vec![7; PAGE_SIZE],
+        },
+        Frame::Lines {
+            epoch: 1,
+            pages: vec![PageLines {
+                gpa: RAM,
+                mask: 1 << 63 | 6,
+            }],
+            data: vec![6; 3 * LINE],
         },
         change(DiskChange::Write {
             offset: 512,
