@@ -76,6 +76,18 @@ pub struct FtDiskOverride {
     pub id: String,
     /// Path on this host; made (sparse, right size) when it does not exist.
     pub path: PathBuf,
+    /// Format of the image on this host; the primary's when not given. What counts is what the guest sees.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub image_type: Option<FtImageType>,
+}
+
+/// Format of a disk image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum FtImageType {
+    /// The disk's bytes, nothing else.
+    Raw,
+    /// QEMU's format.
+    Qcow2,
 }
 
 /// This host's tap for a network device.

@@ -8,13 +8,11 @@
 //! devices' locks are held together.
 
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::io::Read;
+use std::io;
 use std::ops::Deref;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
-use api::config::ImageType;
 use api::{ConsoleConfig, DeviceNode, DeviceTree, DiskConfig, NetConfig, VmConfig, VmCounters};
 use arch::layout;
 use devices::bus::{self, Bus};
@@ -27,7 +25,7 @@ use pci::PciDevice;
 use pci::root::{self, Ecam, PciRoot, Ports, RootState, Window};
 use thiserror::Error;
 use virtio_devices::backend::ConsoleBackend;
-use virtio_devices::block::{self, BlockCounters, BlockOptions, DiskOptions};
+use virtio_devices::block::{self, BlockCounters, BlockOptions, DiskImage};
 use virtio_devices::net::tap::{Tap, TapOptions};
 use virtio_devices::net::{NetCounters, NetOptions};
 use virtio_devices::{BAR_SIZE, Block, Console, Handle, Net, PciResources, Rng, VirtioState, vectors_for};
@@ -66,19 +64,9 @@ pub enum Error {
         /// Why not.
         source: std::io::Error,
     },
-    /// A disk image of a format that is not offered.
-    #[error(
-        "disk {id}: {path} is a {format} image: convert it with `qemu-img convert -O raw`, or say image_type=raw when \
-         the guest itself is to see it so"
-    )]
-    Image {
-        /// Device id.
-        id: String,
-        /// Path of the image.
-        path: String,
-        /// Its format.
-        format: &'static str,
-    },
+    /// A disk image of a format that is not offered, or not said.
+    #[error(transparent)]
+    Image(#[from] crate::disks::Error),
     /// Too many devices.
     #[error("{0} devices: a PCI bus has room for {max}", max = root::MAX_DEVICES - 1)]
     TooMany(usize),
@@ -104,8 +92,19 @@ pub struct Disk {
     pub size: u64,
     /// The guest cannot write it.
     pub readonly: bool,
+    /// Until the disk is closed.
+    image: Mutex<Option<Arc<dyn DiskImage>>>,
     handle: Handle<Block>,
     counters: Arc<BlockCounters>,
+}
+
+impl Disk {
+    /// The image, which the device has open too. It is closed, and its lock given back, when the device is shut down
+    /// and nobody else keeps it.
+    pub fn image(&self) -> io::Result<Arc<dyn DiskImage>> {
+        let image = lock(&self.image).clone();
+        image.ok_or_else(|| io::Error::other(format!("disk {} is closed", self.id)))
+    }
 }
 
 impl Deref for Disk {
@@ -199,49 +198,20 @@ impl Slots<'_> {
     }
 }
 
-/// The format of a disk image that is none of raw, by its first bytes.
-fn foreign_format(path: &Path) -> Option<&'static str> {
-    let mut head = [0; 8];
-    let n = File::open(path).and_then(|mut f| f.read(&mut head)).unwrap_or(0);
-    match &head[..n] {
-        [b'Q', b'F', b'I', 0xfb, ..] => Some("qcow2"),
-        b"vhdxfile" => Some("VHDX"),
-        b"conectix" => Some("VHD"),
-        [b'K', b'D', b'M', b'V', ..] => Some("VMDK"),
-        _ => None,
-    }
-}
-
 fn open_disk(config: &DiskConfig, ram: &GuestRam, slots: &mut Slots<'_>) -> Result<Disk, Error> {
     let id = config.id.clone().unwrap_or_default();
     let failed = |source| Error::Device { id: id.clone(), source };
     let path = config.path.clone().unwrap_or_default();
-    if config.image_type != Some(ImageType::Raw)
-        && let Some(format) = foreign_format(&path)
-    {
-        let path = path.display().to_string();
-        return Err(Error::Image { id, path, format });
-    }
-    let file = block::open(&DiskOptions {
-        path: path.clone(),
-        readonly: config.readonly,
-        direct: config.direct,
-        queue_size: config.queue_size,
-    })
-    .map_err(failed)?;
-    let backend = if config.disable_io_uring {
-        file.pool_backend()
-    } else {
-        file.backend(config.queue_size)
-    };
+    let image = block::open(&crate::disks::options(config)?).map_err(failed)?;
+    let backend = image.clone().backend(config.queue_size, config.disable_io_uring);
     let options = BlockOptions {
         readonly: config.readonly,
         serial: config.serial.clone().unwrap_or_else(|| id.clone()),
         queue_size: config.queue_size,
-        block_size: file.block_size(),
+        block_size: image.block_size(),
     };
     let block = Block::new(options, backend.map_err(failed)?);
-    let (size, counters) = (file.size(), block.counters());
+    let (size, counters) = (image.size(), block.counters());
     let resources = slots.take(&id, block::QUEUES)?;
     let handle = Handle::new(id.clone(), ram.memory().clone(), block, resources).map_err(failed)?;
     Ok(Disk {
@@ -249,6 +219,7 @@ fn open_disk(config: &DiskConfig, ram: &GuestRam, slots: &mut Slots<'_>) -> Resu
         path,
         size,
         readonly: config.readonly,
+        image: Mutex::new(Some(image)),
         handle,
         counters,
     })
@@ -549,11 +520,23 @@ impl DeviceManager {
         disks.chain(nets).collect()
     }
 
+    /// Makes everything that the guest wrote durable, and image files whole for whoever copies them; only while the
+    /// devices are held still.
+    pub fn flush_disks(&self) -> Result<(), Error> {
+        for disk in self.disks.iter().filter(|disk| !disk.readonly) {
+            let flushed = disk.image().and_then(|image| image.flush());
+            let id = disk.id.clone();
+            flushed.map_err(|source| Error::Io { id, source })?;
+        }
+        Ok(())
+    }
+
     /// Ends all device threads and closes all backends. Idempotent. Not from a vCPU's thread.
     pub fn shutdown(&self) {
         self.gate.open();
         drop(lock(&self.input).take());
         self.each(|d| d.shutdown());
+        self.disks.iter().for_each(|d| *lock(&d.image) = None);
     }
 }
 

@@ -262,6 +262,8 @@ impl Vmm {
         self.emit("booting");
         let vm = Vm::new(config, None, &self.context).map_err(internal)?;
         vm.boot().map_err(internal)?;
+        // With the formats of its disks, so that they are the same at the next boot.
+        slot.config = Some(vm.config().clone());
         slot.vm = Some(vm);
         drop(slot);
         self.emit("booted");
@@ -313,6 +315,7 @@ impl Vmm {
         let dir = snapshot::directory(&request.destination_url).map_err(|e| error(400, "bad_url", e))?;
         self.emit("snapshotting");
         let state = vm.state().map_err(internal)?;
+        vm.devices().flush_disks().map_err(internal)?;
         snapshot::save(&dir, vm.config(), &state, vm.ram()).map_err(internal)?;
         self.emit("snapshotted");
         Ok(Response::Empty)

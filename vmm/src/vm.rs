@@ -186,7 +186,7 @@ pub struct Vm {
 
 impl Vm {
     /// Builds the VM; nothing runs yet. `uuid` names it to FT's arbiter; a fresh one when `None`.
-    pub fn new(config: VmConfig, uuid: Option<String>, context: &VmContext) -> Result<Arc<Self>, Error> {
+    pub fn new(mut config: VmConfig, uuid: Option<String>, context: &VmContext) -> Result<Arc<Self>, Error> {
         context.landlock.restrict(&config)?;
         let hv = |what| move |source| Error::Hypervisor { what, source };
         let ram = GuestRam::new(&config.memory)?;
@@ -207,6 +207,7 @@ impl Vm {
         });
         let router = Router::new(kvm.clone());
         let devices = DeviceManager::new(&config, &ram, &kvm, &router, signals.clone())?;
+        crate::disks::keep_formats(&mut config);
         let mut vcpus = Vec::with_capacity(usize::from(vcpu_count));
         let mut cpuid = Vec::new();
         for id in 0..vcpu_count {

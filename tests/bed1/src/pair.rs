@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 
 use crate::cleanup::{self, KEEP, Registered};
+use crate::images;
 use crate::netns::{GUEST_IP, Network, TAP};
 use crate::process::{Vmm, binary};
 
@@ -27,6 +28,8 @@ pub struct Options {
     pub memory_mib: u64,
     /// Disk in MiB.
     pub disk_mib: u64,
+    /// Format of the disk on hosts a and b: `raw` or `qcow2`.
+    pub image_types: [&'static str; 2],
     /// Further words of the guest's command line.
     pub cmdline: String,
     /// Silence after which the other side counts as dead. Longer than the product's default, so that a machine that is
@@ -46,6 +49,7 @@ impl Default for Options {
             vcpus: 2,
             memory_mib: 256,
             disk_mib: 16,
+            image_types: ["raw"; 2],
             cmdline: String::new(),
             heartbeat_timeout_ms: 3000,
             limits: Vec::new(),
@@ -194,8 +198,30 @@ impl Bed {
 
     /// Makes a host's disk anew, empty.
     pub fn new_disk(&self, side: Side) -> Result<()> {
-        File::create(self.disk(side))?.set_len(self.options.disk_mib << 20)?;
+        match self.image_type(side) {
+            "raw" => File::create(self.disk(side))?.set_len(self.options.disk_mib << 20)?,
+            format => {
+                let (path, size) = (
+                    self.disk(side).display().to_string(),
+                    format!("{}M", self.options.disk_mib),
+                );
+                images::qemu_img(&["create", "-q", "-f", format, &path, &size])?;
+            }
+        }
         Ok(())
+    }
+
+    fn image_type(&self, side: Side) -> &'static str {
+        self.options.image_types[usize::from(side == Side::B)]
+    }
+
+    /// The option that says of which format a host's disk is.
+    fn format(&self, side: Side) -> String {
+        match self.image_type(side) {
+            // Not said, as by most who use it.
+            "raw" if self.image_type(side.other()) == "raw" => String::new(),
+            format => format!(",image_type={format}"),
+        }
     }
 
     /// `file:DIR` of the arbiter.
@@ -215,7 +241,10 @@ impl Bed {
             ("--cmdline", self.cmdline()),
             ("--cpus", format!("boot={}", self.options.vcpus)),
             ("--memory", format!("size={}M", self.options.memory_mib)),
-            ("--disk", format!("path={}", self.disk(side).display())),
+            (
+                "--disk",
+                format!("path={}{}", self.disk(side).display(), self.format(side)),
+            ),
             ("--net", format!("tap={TAP},mac={MAC}")),
             ("--serial", format!("file={}", serial.display())),
             ("--console", "off".into()),
@@ -274,7 +303,7 @@ impl Bed {
 
     /// The same, at a given address.
     pub fn receive_at(&self, host: &mut Host, peer: &str) -> Result<()> {
-        let disk = format!("id=_disk0,path={}", host.disk.display());
+        let disk = format!("id=_disk0,path={}{}", host.disk.display(), self.format(host.side));
         let serial = format!("file={}", host.serial.display());
         let (net, arbiter) = (format!("id=_net1,tap={TAP}"), self.arbiter());
         let args = [

@@ -1,33 +1,20 @@
-//! Image files and block devices of the host.
+//! Raw images: files and block devices of the host.
 
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
-use std::path::PathBuf;
 use std::sync::Arc;
 
+use super::image::{DiskImage, DiskOptions};
 use super::pool::Pool;
 use super::uring::Uring;
 use crate::Error;
 use crate::backend::{BlockBackend, BlockOp};
 
-/// How a disk is opened.
-#[derive(Debug, Clone)]
-pub struct DiskOptions {
-    /// Raw image or block device.
-    pub path: PathBuf,
-    /// Only for reading.
-    pub readonly: bool,
-    /// Past the page cache of the host.
-    pub direct: bool,
-    /// Requests under way at most.
-    pub queue_size: u16,
-}
-
-/// An open disk.
+/// An open raw disk.
 #[derive(Debug)]
-pub struct DiskFile {
+pub(super) struct DiskFile {
     file: File,
     /// The same file for direct I/O; requests that are not aligned for that take `file`. The kernel keeps the two
     /// coherent: direct I/O writes back and drops the cached pages in its way.
@@ -37,13 +24,22 @@ pub struct DiskFile {
     block_size: u32,
 }
 
-/// Opens a disk and locks it: for writing it can be open once, for reading often, on all hosts that share the locks of
-/// its file system.
-pub fn open(options: &DiskOptions) -> Result<Arc<DiskFile>, Error> {
-    let error = |what: &'static str| {
-        let what = format!("disk {}: {what}", options.path.display());
-        move |source| Error::Backend { what, source }
-    };
+/// A file that was opened and locked.
+pub(super) struct OpenFile {
+    pub(super) file: File,
+    /// The same, past the page cache, when that was asked for.
+    pub(super) direct: Option<File>,
+}
+
+fn error(options: &DiskOptions, what: &'static str) -> impl FnOnce(io::Error) -> Error {
+    let what = format!("disk {}: {what}", options.path.display());
+    move |source| Error::Backend { what, source }
+}
+
+/// Opens a disk's file and locks it: for writing it can be open once, for reading often, on all hosts that share the
+/// locks of its file system.
+pub(super) fn open_locked(options: &DiskOptions) -> Result<OpenFile, Error> {
+    let error = |what| error(options, what);
     let flags = |flags: i32| {
         let mut open = File::options();
         open.read(true).write(!options.readonly).custom_flags(flags);
@@ -62,20 +58,30 @@ pub fn open(options: &DiskOptions) -> Result<Arc<DiskFile>, Error> {
     } else {
         None
     };
-    let size = io::Seek::seek(&mut &file, io::SeekFrom::End(0)).map_err(error("has no size"))?;
+    Ok(OpenFile { file, direct })
+}
+
+/// Opens and locks a raw disk.
+pub(super) fn open_raw(options: &DiskOptions) -> Result<DiskFile, Error> {
+    let OpenFile { file, direct } = open_locked(options)?;
+    let size = io::Seek::seek(&mut &file, io::SeekFrom::End(0)).map_err(error(options, "has no size"))?;
+    let kind = file
+        .metadata()
+        .map_err(error(options, "cannot be looked at"))?
+        .file_type();
     let block_size = if kind.is_block_device() {
-        sector_size(&file).map_err(error("has no sector size"))?
+        sector_size(&file).map_err(error(options, "has no sector size"))?
     } else {
         512
     };
     let alignment = direct_alignment(&file, block_size);
-    Ok(Arc::new(DiskFile {
+    Ok(DiskFile {
         file,
         direct,
         alignment,
         size,
         block_size,
-    }))
+    })
 }
 
 /// Takes an open file description lock on the whole file; it lasts until the file is closed.
@@ -125,36 +131,6 @@ fn direct_alignment(file: &File, block_size: u32) -> usize {
 }
 
 impl DiskFile {
-    /// Size in bytes.
-    pub fn size(&self) -> u64 {
-        self.size
-    }
-
-    /// Logical block size in bytes.
-    pub fn block_size(&self) -> u32 {
-        self.block_size
-    }
-
-    /// The backend for this disk: io_uring where the kernel has it, else a thread pool.
-    pub fn backend(self: &Arc<Self>, queue_size: u16) -> Result<Box<dyn BlockBackend>, Error> {
-        match Uring::new(self.clone(), queue_size) {
-            Ok(uring) => Ok(Box::new(uring)),
-            Err(e) => {
-                log::info!("no io_uring ({e}): the disk is served by threads");
-                self.pool_backend()
-            }
-        }
-    }
-
-    /// The backend with threads, whatever the kernel has.
-    pub fn pool_backend(self: &Arc<Self>) -> Result<Box<dyn BlockBackend>, Error> {
-        let pool = Pool::new(self.clone()).map_err(|source| Error::Backend {
-            what: "disk threads".into(),
-            source,
-        })?;
-        Ok(Box::new(pool))
-    }
-
     /// The descriptor for a read or write: the direct one when everything is aligned for it.
     pub(super) fn fd(&self, offset: u64, iovecs: &[libc::iovec]) -> RawFd {
         let aligned = |n: usize| n.is_multiple_of(self.alignment);
@@ -173,29 +149,6 @@ impl DiskFile {
 
     pub(super) fn plain_fd(&self) -> RawFd {
         self.file.as_raw_fd()
-    }
-
-    /// Does one request and waits for it.
-    ///
-    /// # Safety
-    /// As for [`BlockBackend::submit`].
-    pub(super) unsafe fn perform(&self, op: BlockOp, iovecs: &[libc::iovec]) -> io::Result<u32> {
-        match op {
-            // SAFETY: passed on.
-            BlockOp::Read { offset } => unsafe { self.transfer(offset, iovecs, 0, false) },
-            // SAFETY: passed on.
-            BlockOp::Write { offset } => unsafe { self.transfer(offset, iovecs, 0, true) },
-            BlockOp::Flush => self.file.sync_data().map(|()| 0),
-            BlockOp::Discard { offset, len } => match self.fallocate(punch_hole(), offset, len) {
-                // A disk that cannot discard keeps its content, which is allowed.
-                Err(e) if is_unsupported(&e) => Ok(0),
-                result => result.map(|()| 0),
-            },
-            BlockOp::WriteZeroes { offset, len, unmap } => match self.fallocate(zero_mode(unmap), offset, len) {
-                Err(e) if is_unsupported(&e) => self.write_zeroes(offset, len),
-                result => result.map(|()| 0),
-            },
-        }
     }
 
     /// Moves all bytes but the first `done`, in as many calls as it takes. Returns the bytes in all.
@@ -271,6 +224,46 @@ impl DiskFile {
             done += n;
         }
         Ok(0)
+    }
+}
+
+impl DiskImage for DiskFile {
+    fn size(&self) -> u64 {
+        self.size
+    }
+
+    fn block_size(&self) -> u32 {
+        self.block_size
+    }
+
+    unsafe fn perform(&self, op: BlockOp, iovecs: &[libc::iovec]) -> io::Result<u32> {
+        match op {
+            // SAFETY: passed on.
+            BlockOp::Read { offset } => unsafe { self.transfer(offset, iovecs, 0, false) },
+            // SAFETY: passed on.
+            BlockOp::Write { offset } => unsafe { self.transfer(offset, iovecs, 0, true) },
+            BlockOp::Flush => self.file.sync_data().map(|()| 0),
+            BlockOp::Discard { offset, len } => match self.fallocate(punch_hole(), offset, len) {
+                // A disk that cannot discard keeps its content, which is allowed.
+                Err(e) if is_unsupported(&e) => Ok(0),
+                result => result.map(|()| 0),
+            },
+            BlockOp::WriteZeroes { offset, len, unmap } => match self.fallocate(zero_mode(unmap), offset, len) {
+                // What is wrong with the disk itself is found here too.
+                Err(_) => self.write_zeroes(offset, len),
+                Ok(()) => Ok(0),
+            },
+        }
+    }
+
+    fn backend(self: Arc<Self>, queue_size: u16, threads: bool) -> Result<Box<dyn BlockBackend>, Error> {
+        if !threads {
+            match Uring::new(self.clone(), queue_size) {
+                Ok(uring) => return Ok(Box::new(uring)),
+                Err(e) => log::info!("no io_uring ({e}): the disk is served by threads"),
+            }
+        }
+        Ok(Box::new(Pool::new(self)?))
     }
 }
 

@@ -1,4 +1,5 @@
-//! The backend for kernels without io_uring: a few threads that do one request each.
+//! The backend with threads that do one request each: for kernels without io_uring, and for images that are more than
+//! their bytes.
 
 use std::collections::VecDeque;
 use std::io;
@@ -9,7 +10,8 @@ use std::thread::JoinHandle;
 use sandbox::ThreadKind;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::file::DiskFile;
+use super::image::DiskImage;
+use crate::Error;
 use crate::backend::{BlockBackend, BlockCompletion, BlockOp};
 use crate::lock;
 
@@ -34,7 +36,7 @@ struct Queue {
 }
 
 struct Shared {
-    disk: Arc<DiskFile>,
+    disk: Arc<dyn DiskImage>,
     queue: Mutex<Queue>,
     work: Condvar,
     idle: Condvar,
@@ -48,7 +50,14 @@ pub(super) struct Pool {
 }
 
 impl Pool {
-    pub(super) fn new(disk: Arc<DiskFile>) -> io::Result<Self> {
+    pub(super) fn new(disk: Arc<dyn DiskImage>) -> Result<Self, Error> {
+        Self::start(disk).map_err(|source| Error::Backend {
+            what: "disk threads".into(),
+            source,
+        })
+    }
+
+    fn start(disk: Arc<dyn DiskImage>) -> io::Result<Self> {
         let shared = Arc::new(Shared {
             disk,
             queue: Mutex::default(),

@@ -10,6 +10,7 @@ use io_uring::{IoUring, Probe, opcode, types};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::file::{DiskFile, is_unsupported, punch_hole, zero_mode};
+use super::image::DiskImage;
 use crate::backend::{BlockBackend, BlockCompletion, BlockOp};
 
 /// Bytes of a read through the page cache from which on a thread of the kernel does it: else this thread would copy one

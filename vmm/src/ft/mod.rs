@@ -130,7 +130,7 @@ impl FtPlugin {
         if config.arbiter.is_none() {
             config.arbiter.clone_from(&self.arbiter);
         }
-        let machine = ProtectedVm::new(vm).map_err(|e| error(500, "ft_not_possible", e))?;
+        let machine = ProtectedVm::new(vm);
         end(self.put(Session::Off));
         let primary = ft::enable(machine, config, self.events()).map_err(|e| error(e.status(), e.code(), &e))?;
         self.put(Session::Primary(Arc::new(primary)));

@@ -3,8 +3,6 @@
 //! Owned by FT's primary session. `wraps` is taken only by that session's threads and by [`Protected::release`]; it is
 //! taken before any device's lock, never after one.
 
-use std::fs::File;
-use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
@@ -15,11 +13,16 @@ use virtio_devices::backend::{BlockBackend, ConsoleBackend, NetBackend};
 
 use super::backends::{HeldConsole, HeldNet, Slot};
 use super::blocks::{ChangedBlocks, LoggedBlock, TrackedBlock};
+use crate::devices::Disk;
 use crate::interrupts::lock;
 use crate::vm::{Holder, Vm};
 
 pub(super) fn machine_error(e: impl std::fmt::Display) -> MachineError {
     MachineError(e.to_string())
+}
+
+pub(super) fn no_disk(disk: u16) -> MachineError {
+    machine_error(format!("there is no disk {disk}"))
 }
 
 /// Full period of one slow-down cycle: the guest runs a share of it and stands still for the rest.
@@ -33,7 +36,6 @@ struct Wraps {
 }
 
 struct DiskSide {
-    file: File,
     size: u64,
     readonly: bool,
     changed: Arc<ChangedBlocks>,
@@ -75,18 +77,14 @@ pub(super) fn identity(vm: &Vm) -> Result<Identity, MachineError> {
 
 impl ProtectedVm {
     /// Prepares `vm` for protection; nothing is changed in it yet.
-    pub fn new(vm: Arc<Vm>) -> Result<Arc<Self>, MachineError> {
-        let mut disks = Vec::new();
-        for disk in vm.devices().disks() {
-            let file = File::open(&disk.path).map_err(|e| machine_error(format!("{}: {e}", disk.path.display())))?;
-            disks.push(DiskSide {
-                file,
-                size: disk.size,
-                readonly: disk.readonly,
-                changed: Arc::default(),
-            });
-        }
-        Ok(Arc::new(Self {
+    pub fn new(vm: Arc<Vm>) -> Arc<Self> {
+        let side = |disk: &Disk| DiskSide {
+            size: disk.size,
+            readonly: disk.readonly,
+            changed: Arc::default(),
+        };
+        let disks = vm.devices().disks().iter().map(side).collect();
+        Arc::new(Self {
             vm,
             disks,
             wraps: Mutex::default(),
@@ -94,13 +92,11 @@ impl ProtectedVm {
                 percent: 100,
                 running: false,
             }))),
-        }))
+        })
     }
 
     fn disk(&self, disk: u16) -> Result<&DiskSide, MachineError> {
-        self.disks
-            .get(usize::from(disk))
-            .ok_or_else(|| machine_error(format!("there is no disk {disk}")))
+        self.disks.get(usize::from(disk)).ok_or_else(|| no_disk(disk))
     }
 
     fn unwrap_disks(&self, wraps: &mut Wraps) {
@@ -204,7 +200,11 @@ impl Protected for ProtectedVm {
     }
 
     fn read_disk(&self, disk: u16, offset: u64, buf: &mut [u8]) -> Result<(), MachineError> {
-        self.disk(disk)?.file.read_exact_at(buf, offset).map_err(machine_error)
+        let disks = self.vm.devices().disks();
+        let disk = disks.get(usize::from(disk)).ok_or_else(|| no_disk(disk))?;
+        disk.image()
+            .and_then(|image| image.read_at(offset, buf))
+            .map_err(machine_error)
     }
 
     fn harvest_dirty_blocks(&self, disk: u16, out: &mut Vec<(u64, u64)>) -> Result<(), MachineError> {

@@ -3,19 +3,19 @@
 //! A shadow is a complete VM that was never started: RAM mapped, devices made, taps and disks open. Committed
 //! checkpoints go straight into its RAM and disks; activation loads the last state and lets it run.
 
-use std::fs::{File, OpenOptions};
-use std::os::unix::fs::FileExt;
-use std::path::Path;
 use std::sync::Arc;
 
-use api::VmConfig;
-use ft::config::FtReceiveConfig;
+use api::config::ImageType;
+use api::{DiskConfig, VmConfig};
+use ft::config::{FtImageType, FtReceiveConfig};
 use ft::machine::{
-    DiskChange, Identity, Input, MachineError, Output, Protected, Refusal, Shadow, ShadowHost, Takeover,
+    DiskChange, DiskIdentity, Identity, Input, MachineError, Output, Protected, Refusal, Shadow, ShadowHost, Takeover,
 };
 
+use virtio_devices::block::DiskImage;
+
 use super::backends::{ReplayNet, transmit_all};
-use super::protected::{ProtectedVm, identity, machine_error};
+use super::protected::{ProtectedVm, identity, machine_error, no_disk};
 use crate::state::VmState;
 use crate::vm::{Holder, Vm, VmContext};
 
@@ -39,17 +39,16 @@ fn refuse(code: &str, message: String) -> Refusal {
     }
 }
 
-fn prepare_disk(path: &Path, size: u64, id: &str) -> Result<(), Refusal> {
-    if path.exists() {
+fn prepare_disk(disk: &DiskConfig, offered: &DiskIdentity) -> Result<(), Refusal> {
+    let Some(path) = disk.path.as_deref().filter(|path| !path.exists() && !offered.readonly) else {
         return Ok(());
-    }
-    let made = OpenOptions::new()
-        .write(true)
-        .create_new(true)
-        .open(path)
-        .and_then(|f| f.set_len(size));
-    made.map_err(|e| {
-        let message = format!("cannot make {} for disk {id} on the backup: {e}", path.display());
+    };
+    crate::disks::create(disk, path, offered.size).map_err(|e| {
+        let message = format!(
+            "cannot make {} for disk {} on the backup: {e}",
+            path.display(),
+            offered.id
+        );
         refuse("disk_create_failed", message)
     })
 }
@@ -75,6 +74,13 @@ impl VmShadowHost {
                 )
             })?;
             disk.path = Some(over.path.clone());
+            if let Some(format) = over.image_type {
+                disk.image_type = Some(match format {
+                    FtImageType::Raw => ImageType::Raw,
+                    FtImageType::Qcow2 => ImageType::Qcow2,
+                });
+                disk.backing_files &= format == FtImageType::Qcow2;
+            }
         }
         for over in &self.overrides.net {
             let net = config
@@ -94,9 +100,7 @@ impl VmShadowHost {
         // The primary's own check is not ours to trust.
         config.validate().map_err(|e| refuse("config_not_valid", e.to_string()))?;
         for (disk, offered) in config.disks.iter().flatten().zip(&offered.disks) {
-            if let (Some(path), false) = (&disk.path, offered.readonly) {
-                prepare_disk(path, offered.size, &offered.id)?;
-            }
+            prepare_disk(disk, offered)?;
         }
         Ok(config)
     }
@@ -108,22 +112,12 @@ impl ShadowHost for VmShadowHost {
         let failed =
             |e: &dyn std::fmt::Display| refuse("shadow_failed", format!("the backup cannot build the VM: {e}"));
         let vm = Vm::new(config, Some(offered.vm_id.clone()), &self.context).map_err(|e| failed(&e))?;
-        let mut disks = Vec::new();
-        for disk in vm.devices().disks() {
-            let mut options = OpenOptions::new();
-            let file = options.read(true).write(!disk.readonly).open(&disk.path).map_err(|e| {
-                vm.shutdown();
-                failed(&format!("{}: {e}", disk.path.display()))
-            })?;
-            disks.push(file);
-        }
         let mut identity = identity(&vm).map_err(|e| failed(&e))?;
         // Paths and taps differ by host; what counts is compared field by field.
         identity.config.clone_from(&offered.config);
         Ok(Box::new(VmShadow {
             vm,
             identity,
-            disks,
             adopt: self.adopt.clone(),
         }))
     }
@@ -132,32 +126,7 @@ impl ShadowHost for VmShadowHost {
 struct VmShadow {
     vm: Arc<Vm>,
     identity: Identity,
-    disks: Vec<File>,
     adopt: Adopt,
-}
-
-fn zero_range(file: &File, offset: u64, len: u64, unmap: bool) -> std::io::Result<()> {
-    use std::os::fd::AsRawFd;
-    let mode = if unmap {
-        libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE
-    } else {
-        libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE
-    };
-    let (Ok(o), Ok(l)) = (i64::try_from(offset), i64::try_from(len)) else {
-        return Err(std::io::ErrorKind::InvalidInput.into());
-    };
-    // SAFETY: fallocate(2) on a descriptor that `file` keeps open.
-    if len == 0 || unsafe { libc::fallocate(file.as_raw_fd(), mode, o, l) } == 0 {
-        return Ok(());
-    }
-    let zeroes = vec![0u8; 1 << 20];
-    let mut done = 0;
-    while done < len {
-        let n = (len - done).min(zeroes.len() as u64) as usize;
-        file.write_all_at(&zeroes[..n], offset + done)?;
-        done += n as u64;
-    }
-    Ok(())
 }
 
 /// Lets outputs of committed epochs leave, in order for each device.
@@ -201,10 +170,11 @@ fn send_held(vm: &Vm, outputs: Vec<Output>) {
 }
 
 impl VmShadow {
-    fn checked_disk(&self, disk: u16, offset: u64, len: u64) -> Result<&File, MachineError> {
+    /// The disk's image, for a change of this range.
+    fn image(&self, disk: u16, offset: u64, len: u64) -> Result<Arc<dyn DiskImage>, MachineError> {
         let index = usize::from(disk);
-        let (Some(file), Some(info)) = (self.disks.get(index), self.identity.disks.get(index)) else {
-            return Err(machine_error(format!("there is no disk {disk}")));
+        let (Some(disk), Some(info)) = (self.vm.devices().disks().get(index), self.identity.disks.get(index)) else {
+            return Err(no_disk(disk));
         };
         if info.readonly || offset.checked_add(len).is_none_or(|end| end > info.size) {
             let reason = if info.readonly { "is read-only" } else { "ends earlier" };
@@ -213,7 +183,7 @@ impl VmShadow {
                 info.id
             )));
         }
-        Ok(file)
+        disk.image().map_err(machine_error)
     }
 }
 
@@ -231,17 +201,17 @@ impl Shadow for VmShadow {
     }
 
     fn apply_disk(&mut self, disk: u16, change: &DiskChange) -> Result<(), MachineError> {
-        match change {
+        let changed = match change {
             DiskChange::Write { offset, data } => {
-                let file = self.checked_disk(disk, *offset, data.len() as u64)?;
-                file.write_all_at(data, *offset).map_err(machine_error)
+                let image = self.image(disk, *offset, data.len() as u64)?;
+                image.write_at(*offset, data)
             }
             DiskChange::Zero { offset, len, unmap } => {
-                let file = self.checked_disk(disk, *offset, *len)?;
-                zero_range(file, *offset, *len, *unmap).map_err(machine_error)
+                self.image(disk, *offset, *len)?.write_zeroes(*offset, *len, *unmap)
             }
-            DiskChange::Flush => self.checked_disk(disk, 0, 0)?.sync_data().map_err(machine_error),
-        }
+            DiskChange::Flush => self.image(disk, 0, 0)?.flush(),
+        };
+        changed.map_err(machine_error)
     }
 
     fn activate(self: Box<Self>, takeover: Takeover) -> Result<Arc<dyn Protected>, MachineError> {
@@ -262,7 +232,7 @@ impl Shadow for VmShadow {
             }
         }
         // All that can fail comes before the VM runs: after a failed activation the primary may go on (R4).
-        let protected = ProtectedVm::new(vm.clone())?;
+        let protected = ProtectedVm::new(vm.clone());
         (self.adopt)(vm.clone());
         // Switches learn where the addresses are now before the first frame leaves; then comes what the primary may not
         // have sent; then the guest runs.

@@ -149,7 +149,8 @@ pub struct Tls {
 pub struct Receive {
     /// Where to wait for the primary: tcp:HOST:PORT or unix:PATH
     pub listen: String,
-    /// This host's file for a disk of the VM: id=ID,path=FILE (made when it does not exist) [default: the primary's path]
+    /// This host's file for a disk of the VM: id=ID,path=FILE[,image_type=raw|qcow2] (made when it does not exist)
+    /// [default: the primary's path and format]
     #[arg(long, value_name = "SPEC", num_args = 1..)]
     pub disk: Vec<String>,
     /// This host's tap for a network device of the VM: id=ID,tap=NAME [default: the primary's name]
