@@ -1,7 +1,7 @@
 //! Fuzz targets: everything that a guest, a peer or a file can hand to the VMM.
 //!
 //! * this file: the list of targets; one module each: [`log_channel`], [`api_requests`], [`api_http`], [`net`], [`block`],
-//!   [`console`], [`bus`] (PCI), [`snapshot`], [`kernel`];
+//!   [`console`], [`bus`] (PCI), [`qcow2`], [`snapshot`], [`kernel`];
 //! * [`driver`]: the hostile driver of the virtio targets; [`input`]: takes the fuzzer's bytes apart; [`reach`]: counts how
 //!   far inputs get;
 //! * `main.rs`: the program that libFuzzer drives (`scripts/fuzz`); `tests/replay.rs`: `cargo test` on the same functions.
@@ -18,6 +18,7 @@ pub mod input;
 pub mod kernel;
 pub mod log_channel;
 pub mod net;
+pub mod qcow2;
 pub mod reach;
 pub mod snapshot;
 
@@ -96,6 +97,17 @@ pub const TARGETS: &[Target] = &[
         run: bus::run,
         seeds: bus::seeds,
         reaches: &["pci reset", "interrupt"],
+    },
+    Target {
+        name: "qcow2",
+        run: qcow2::run,
+        seeds: qcow2::seeds,
+        reaches: &[
+            "qcow2 opened for writing",
+            "qcow2 read",
+            "qcow2 changed",
+            "qcow2 opened again",
+        ],
     },
     Target {
         name: "snapshot",

@@ -149,7 +149,13 @@ impl Backup {
                 len += run;
             }
             assert_eq!(data.len(), len);
-            let runs: Vec<PageRun> = pages.iter().map(|page| PageRun { gpa: page.gpa, count: 1 }).collect();
+            let runs: Vec<PageRun> = pages
+                .iter()
+                .map(|page| PageRun {
+                    gpa: page.gpa,
+                    count: 1,
+                })
+                .collect();
             self.check_pages(&runs);
         }
         for (disk, change) in &staged.disk {

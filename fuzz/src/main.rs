@@ -30,6 +30,15 @@ fn choose() {
         std::process::exit(0);
     }
     TARGET.get_or_init(|| target);
+    // A panic of the library that reads qcow2 images becomes an error, see `virtio-devices/src/block/qcow2`.
+    let abort = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        if panic.location().is_some_and(|at| at.file().contains("/imago-")) {
+            reach::reached("qcow2 library panicked");
+        } else {
+            abort(panic);
+        }
+    }));
     extern "C" fn report() {
         reach::report();
     }
