@@ -30,6 +30,8 @@ pub struct Options {
     pub disk_mib: u64,
     /// Format of the disk on hosts a and b: `raw` or `qcow2`.
     pub image_types: [&'static str; 2],
+    /// Disks beside that one, as large, which the guest leaves alone.
+    pub idle_disks: u32,
     /// Further words of the guest's command line.
     pub cmdline: String,
     /// Silence after which the other side counts as dead. Longer than the product's default, so that a machine that is
@@ -50,6 +52,7 @@ impl Default for Options {
             memory_mib: 256,
             disk_mib: 16,
             image_types: ["raw"; 2],
+            idle_disks: 0,
             cmdline: String::new(),
             heartbeat_timeout_ms: 3000,
             limits: Vec::new(),
@@ -196,8 +199,11 @@ impl Bed {
         self.new_disk(side)
     }
 
-    /// Makes a host's disk anew, empty.
+    /// Makes a host's disks anew, empty.
     pub fn new_disk(&self, side: Side) -> Result<()> {
+        for (_, path) in self.idle_disks(side) {
+            File::create(path)?.set_len(self.options.disk_mib << 20)?;
+        }
         match self.image_type(side) {
             "raw" => File::create(self.disk(side))?.set_len(self.options.disk_mib << 20)?,
             format => {
@@ -222,6 +228,14 @@ impl Bed {
             "raw" if self.image_type(side.other()) == "raw" => String::new(),
             format => format!(",image_type={format}"),
         }
+    }
+
+    /// Ids and files of the disks that the guest leaves alone.
+    fn idle_disks(&self, side: Side) -> Vec<(String, PathBuf)> {
+        let file = |n| self.dir.join(format!("{}-idle{n}.img", side.name()));
+        (0..self.options.idle_disks)
+            .map(|n| (format!("idle{n}"), file(n)))
+            .collect()
     }
 
     /// `file:DIR` of the arbiter.
@@ -250,8 +264,11 @@ impl Bed {
             ("--console", "off".into()),
             ("--ft-arbiter", self.arbiter()),
         ];
+        let idle = self.idle_disks(side).into_iter();
+        let idle = idle.map(|(id, path)| ("--disk", format!("path={},id={id}", path.display())));
         Ok(args
             .into_iter()
+            .chain(idle)
             .flat_map(|(option, value)| [option.to_string(), value])
             .collect())
     }
@@ -309,10 +326,12 @@ impl Bed {
         let args = [
             "ft", "receive", peer, "--disk", &disk, "--net", &net, "--serial", &serial,
         ];
-        let security = self.security(host.side);
-        let security: Vec<&str> = security.iter().map(String::as_str).collect();
+        let idle = self.idle_disks(host.side).into_iter();
+        let idle = idle.flat_map(|(id, path)| ["--disk".into(), format!("id={id},path={}", path.display())]);
+        let more: Vec<String> = self.security(host.side).into_iter().chain(idle).collect();
+        let more: Vec<&str> = more.iter().map(String::as_str).collect();
         host.vmm
-            .remote(&[&args[..], &["--arbiter", &arbiter], &security].concat())?;
+            .remote(&[&args[..], &["--arbiter", &arbiter], &more].concat())?;
         host.peer = peer.into();
         Ok(())
     }
