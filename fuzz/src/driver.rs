@@ -165,7 +165,7 @@ impl<M: Model> Driver<M> {
             vectors: machine.clone(),
             registrar: machine.clone(),
         };
-        let handle = Handle::without_worker(id, memory.clone(), model, resources).expect("a device");
+        let handle = Handle::without_worker(id.into(), memory.clone(), model, resources).expect("a device");
         let queue = |(i, size)| Queue {
             size,
             next_desc: 0,

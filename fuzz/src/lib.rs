@@ -2,7 +2,7 @@
 //!
 //! * this file: the list of targets; one module each: [`log_channel`], [`api_requests`], [`api_http`], [`net`], [`block`],
 //!   [`console`], [`bus`] (PCI), [`qcow2`], [`snapshot`], [`kernel`];
-//! * [`driver`]: the hostile driver of the virtio targets; [`input`]: takes the fuzzer's bytes apart; [`reach`]: counts how
+//! * [`driver`]: the hostile driver of the virtio targets; [`input`]: takes the fuzzer's bytes apart; [`files`]; [`reach`]: counts how
 //!   far inputs get;
 //! * `main.rs`: the program that libFuzzer drives (`scripts/fuzz`); `tests/replay.rs`: `cargo test` on the same functions.
 //!
@@ -14,6 +14,7 @@ pub mod block;
 pub mod bus;
 pub mod console;
 pub mod driver;
+pub mod files;
 pub mod input;
 pub mod kernel;
 pub mod log_channel;

@@ -4,30 +4,18 @@
 //! reads the format becomes an error by design and is no finding; it is counted.
 
 use std::fs::File;
-use std::path::{Path, PathBuf};
-use std::sync::{Arc, OnceLock};
+use std::path::Path;
+use std::sync::Arc;
 
 use virtio_devices::backend::BlockOp;
 use virtio_devices::block::{DiskImage, DiskOptions, Format, open};
 
+use crate::files::directory;
 use crate::input::Input;
 use crate::reach::reached;
 
 /// Larger disks are read and written at their beginning and end alone.
 const MODEL: u64 = 1 << 20;
-
-/// The directory that this process writes images into.
-fn directory() -> &'static Path {
-    static DIR: OnceLock<(tempfile::TempDir, PathBuf)> = OnceLock::new();
-    let (_, path) = DIR.get_or_init(|| {
-        let dir = tempfile::tempdir_in("/dev/shm")
-            .or_else(|_| tempfile::tempdir())
-            .expect("a directory");
-        let path = dir.path().to_path_buf();
-        (dir, path)
-    });
-    path
-}
 
 fn image(path: &Path, readonly: bool, backing_files: bool) -> Option<Arc<dyn DiskImage>> {
     let options = DiskOptions {

@@ -2,8 +2,7 @@
 //! devices, which then have to serve.
 
 use std::io;
-use std::path::{Path, PathBuf};
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
 use api::MemoryConfig;
 use devices::bus::BusDevice;
@@ -18,6 +17,7 @@ use vmm::state::{self, VmState};
 
 use crate::bus::Bus;
 use crate::driver::memory;
+use crate::files::directory;
 use crate::input::Input;
 use crate::reach::reached;
 
@@ -144,19 +144,6 @@ fn try_state(state: &VmState) {
     // Both encodings carry the same.
     let bytes = postcard::to_stdvec(state).expect("a state that can be written");
     postcard::from_bytes::<VmState>(&bytes).expect("a state that can be read");
-}
-
-/// The directory that this process writes snapshots into.
-fn directory() -> &'static Path {
-    static DIR: OnceLock<(tempfile::TempDir, PathBuf)> = OnceLock::new();
-    let (_, path) = DIR.get_or_init(|| {
-        let dir = tempfile::tempdir_in("/dev/shm")
-            .or_else(|_| tempfile::tempdir())
-            .expect("a directory");
-        let path = dir.path().to_path_buf();
-        (dir, path)
-    });
-    path
 }
 
 fn files(input: &mut Input<'_>) {

@@ -34,22 +34,20 @@ impl<M: Model> Handle<M> {
         model: M,
         resources: PciResources,
     ) -> Result<Self, Error> {
-        let device = Device::new(id.into(), memory, model, resources)?;
-        let handle = Self { device };
+        let handle = Self::without_worker(id.into(), memory, model, resources)?;
         handle.device.start_worker()?;
         Ok(handle)
     }
 
-    /// As [`Handle::new`], without a worker: [`Handle::serve`] does its work on the caller's thread, so that what
-    /// happens depends on the calls alone. For the fuzz targets.
-    #[cfg(feature = "fuzzing")]
+    /// The device without its worker. With the feature `fuzzing`, `Handle::serve` does the worker's work on the caller's
+    /// thread, so that what happens depends on the calls alone.
     pub fn without_worker(
-        id: impl Into<String>,
+        id: String,
         memory: Arc<GuestMemory>,
         model: M,
         resources: PciResources,
     ) -> Result<Self, Error> {
-        let device = Device::new(id.into(), memory, model, resources)?;
+        let device = Device::new(id, memory, model, resources)?;
         device.watch_all()?;
         Ok(Self { device })
     }

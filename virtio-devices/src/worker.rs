@@ -44,7 +44,6 @@ impl<M: Model> Device<M> {
 
     /// Starts the thread. It ends when the core's `stop` is set.
     pub(crate) fn start_worker(self: &Arc<Self>) -> Result<(), Error> {
-        self.watch_all()?;
         let device = self.clone();
         let name = format!("virtio{}", self.id);
         let thread = sandbox::spawn(ThreadKind::Virtio, name, move || run(&device)).map_err(Error::Worker)?;
