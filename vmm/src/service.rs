@@ -88,11 +88,7 @@ impl Vmm {
                 slot.config = Some(vm.config().clone());
                 slot.vm = Some(vm);
             });
-            Some(Arc::new(crate::ft::FtPlugin::new(
-                context.clone(),
-                options.ft_arbiter,
-                adopt,
-            )))
+            Some(crate::ft::FtPlugin::new(context.clone(), options.ft_arbiter, adopt)?)
         };
         #[cfg(not(feature = "ft"))]
         let plugin = {

@@ -1,20 +1,22 @@
 //! The primary: protects a running VM.
 //!
-//! * [`enable`] connects, shakes hands and starts the threads; [`Primary`] is the operator's handle;
+//! * [`offer`] connects and shakes hands, [`Offer::begin`] starts the threads, [`enable`] does both; [`Primary`] is the
+//!   operator's handle;
 //! * `session`: what the threads share: the protocol core and who performs its actions;
 //! * `controller`: the thread that copies (pre-copy, checkpoints) and that alone pauses and resumes the VM;
-//! * `precopy`, `checkpoint`: what it does in the two stages;
+//! * `precopy`, `checkpoint`: what it does in the two stages; `repair`: what it sends anew;
 //! * `metrics`: measures for `ft info`.
 //!
 //! Threads: controller; sender (writes what device workers post); receiver (acknowledgements: it releases outputs
-//! itself, so that nobody has to be woken); pulse (heartbeats, silence, retries); one per question to the arbiter.
-//! Lock order: core, then interposer, then outbox. Machine calls are made without any of them but the release lock.
+//! itself, so that nobody has to be woken); pulse (heartbeats, silence, retries); audit (reads disks); one per question to the arbiter.
+//! Lock order: core, then interposer, then outbox or audit. Machine calls are made without any of them but the release lock.
 
 pub mod checkpoint;
 pub mod controller;
 mod handshake;
 pub mod metrics;
 pub mod precopy;
+mod repair;
 pub mod session;
 mod stage;
 
@@ -29,8 +31,11 @@ use crate::config::{FtEnableConfig, FtInfo, FtLimitsPatch, FtState};
 use crate::core::primary::Event;
 use crate::event::EventSink;
 use crate::machine::Protected;
+use crate::transport::Stream;
 use crate::wire::frame::{Frame, encode};
+use crate::wire::reader::FrameReader;
 pub(crate) use handshake::unique_name;
+pub use handshake::{Cancel, Offer, offer};
 use session::{Session, lock};
 
 /// Longest wait for the end of FT or of a handover.
@@ -47,26 +52,25 @@ pub struct Primary {
 /// Begins to protect `machine`. Returns when the backup has accepted; pre-copy then runs in the background, and
 /// [`Primary::info`] tells how far it is. On an error the VM is untouched.
 pub fn enable(machine: Arc<dyn Protected>, config: FtEnableConfig, events: EventSink) -> Result<Primary, Error> {
-    let (session, stream) = handshake::connect(machine, config, events)?;
-    let primary = Primary {
-        session: session.clone(),
-        threads: Mutex::default(),
-        configuring: Mutex::default(),
-    };
-    let started = primary.start(&session, stream);
-    if let Err(e) = started {
-        primary.quit();
-        return Err(e);
-    }
-    Ok(primary)
+    offer(machine.identity()?, config, events, &Cancel::default())?.begin(machine)
 }
 
 impl Primary {
-    fn start(
-        &self,
-        session: &Arc<Session>,
-        reader: crate::wire::reader::FrameReader<crate::transport::Stream>,
-    ) -> Result<(), Error> {
+    fn start(session: Arc<Session>, reader: FrameReader<Stream>) -> Result<Self, Error> {
+        let primary = Self {
+            session,
+            threads: Mutex::default(),
+            configuring: Mutex::default(),
+        };
+        if let Err(e) = primary.start_threads(reader) {
+            primary.quit();
+            return Err(e);
+        }
+        Ok(primary)
+    }
+
+    fn start_threads(&self, reader: FrameReader<Stream>) -> Result<(), Error> {
+        let session = &self.session;
         let mut threads = lock(&self.threads);
         let mut spawn = |kind: ThreadKind, name: &str, body: Box<dyn FnOnce() + Send>| {
             let started = sandbox::spawn(kind, name, body);
@@ -86,6 +90,12 @@ impl Primary {
         spawn(ThreadKind::FtSender, "ft-sender", Box::new(move || s.send()))?;
         let s = session.clone();
         spawn(ThreadKind::FtPulse, "ft-pulse", Box::new(move || s.pulse()))?;
+        let s = session.clone();
+        spawn(
+            ThreadKind::FtAudit,
+            "ft-audit",
+            Box::new(move || s.log.audit.run(s.machine.as_ref())),
+        )?;
         let s = session.clone();
         spawn(
             ThreadKind::FtControl,

@@ -10,8 +10,9 @@ use std::time::Duration;
 
 use sandbox::ThreadKind;
 
-use crate::arbiter::{Arbiter, Verdict};
-use crate::config::{FtDurability, FtInfo, FtLimits, FtRole, FtState};
+use crate::arbiter::{Arbiter, answer_of};
+use crate::audit::disk::DiskAudit;
+use crate::config::{FtAudit, FtDurability, FtInfo, FtLimits, FtRole, FtState};
 use crate::core::arbitration::Answer;
 use crate::core::primary::{Action, Event, FromBackup, PrimaryState, ToBackup};
 use crate::core::{MAX_IN_FLIGHT, Nanos};
@@ -20,6 +21,8 @@ use crate::interposer::{Interposer, LogSink};
 use crate::machine::{DiskChange, Identity, Protected};
 use crate::outbox::{Clock, Outbox};
 use crate::primary::metrics::Metrics;
+use crate::primary::repair::Repairs;
+use crate::reprotect::Reprotect;
 use crate::transport::Stream;
 use crate::wire::frame::{self, Frame, encode};
 use crate::wire::reader::FrameReader;
@@ -36,7 +39,6 @@ const LAST_WORD: Duration = Duration::from_millis(500);
 
 /// What a session is made of.
 pub struct SessionParts {
-    pub(super) machine: Arc<dyn Protected>,
     pub(super) identity: Identity,
     pub(super) arbiter: Arc<dyn Arbiter>,
     pub(super) arbiter_description: String,
@@ -44,11 +46,13 @@ pub struct SessionParts {
     pub(super) peer: String,
     pub(super) transport: String,
     pub(super) durability: FtDurability,
+    pub(super) audit: FtAudit,
     pub(super) generation: u64,
     pub(super) limits: FtLimits,
     pub(super) outbox: Outbox,
     pub(super) clock: Clock,
     pub(super) events: EventSink,
+    pub(super) reprotect: Option<Reprotect>,
 }
 
 /// What the controller is to do next.
@@ -68,6 +72,8 @@ pub(super) struct Log {
     outbox: Arc<Outbox>,
     pub(super) inputs: AtomicU64,
     pub(super) disk: AtomicU64,
+    /// Must know what is changed.
+    pub(super) audit: DiskAudit,
 }
 
 impl LogSink for Log {
@@ -77,6 +83,7 @@ impl LogSink for Log {
     }
 
     fn disk_change(&self, epoch: u64, disk: u16, change: DiskChange) -> u64 {
+        self.audit.changed(disk, &change);
         let frames = frame::disk_change(epoch, disk, change);
         self.disk.fetch_add(frames.len() as u64, Ordering::Relaxed);
         self.outbox.post(frames)
@@ -98,6 +105,8 @@ pub struct Session {
     peer: String,
     transport: String,
     durability: FtDurability,
+    pub(super) audit: FtAudit,
+    pub(super) repairs: Repairs,
     pub(super) core: Mutex<PrimaryState>,
     announced: Mutex<Option<Status>>,
     /// The VM was stopped for good. Only then the state says so: whoever reads `stopped` may count on it (R4).
@@ -121,16 +130,18 @@ pub struct Session {
     pub(super) quit: AtomicBool,
     received_all: AtomicBool,
     events: EventSink,
+    reprotect: Option<Reprotect>,
 }
 
 impl Session {
-    pub(super) fn new(parts: SessionParts) -> Arc<Self> {
+    pub(super) fn new(machine: Arc<dyn Protected>, parts: SessionParts) -> Arc<Self> {
         Arc::new_cyclic(|weak: &std::sync::Weak<Self>| {
             let outbox = Arc::new(parts.outbox);
             let log = Arc::new(Log {
                 outbox: outbox.clone(),
                 inputs: AtomicU64::new(0),
                 disk: AtomicU64::new(0),
+                audit: DiskAudit::new(&parts.identity),
             });
             let session = weak.clone();
             let waker = Arc::new(move || {
@@ -142,7 +153,7 @@ impl Session {
             let now = parts.clock.now();
             let core = PrimaryState::new(parts.generation, (&parts.limits).into(), MAX_IN_FLIGHT, now);
             let session = Self {
-                machine: parts.machine,
+                machine,
                 identity: parts.identity,
                 arbiter: parts.arbiter,
                 arbiter_description: parts.arbiter_description,
@@ -150,6 +161,8 @@ impl Session {
                 peer: parts.peer,
                 transport: parts.transport,
                 durability: parts.durability,
+                audit: parts.audit,
+                repairs: Repairs::default(),
                 core: Mutex::new(core),
                 announced: Mutex::new(None),
                 stopped: AtomicBool::new(false),
@@ -168,6 +181,7 @@ impl Session {
                 quit: AtomicBool::new(false),
                 received_all: AtomicBool::new(false),
                 events: parts.events,
+                reprotect: parts.reprotect,
             };
             session.announce(&lock(&session.core));
             session
@@ -210,6 +224,7 @@ impl Session {
     }
 
     pub(super) fn finish(&self) {
+        self.log.audit.close();
         lock(&self.mailbox).finished = true;
         self.ended.notify_all();
     }
@@ -218,6 +233,7 @@ impl Session {
     pub(super) fn quit(&self) {
         self.quit.store(true, Ordering::SeqCst);
         self.outbox.close();
+        self.log.audit.close();
         // With the lock, so that nobody misses it between looking and sleeping.
         drop(lock(&self.mailbox));
         self.changed.notify_all();
@@ -402,6 +418,10 @@ impl Session {
                 Frame::HandedOver(generation) => FromBackup::HandedOver(generation),
                 Frame::HandoverFailed { generation, reason } => FromBackup::HandoverFailed { generation, reason },
                 Frame::Bye(reason) => FromBackup::Bye(reason),
+                Frame::Mismatch(wrong) => match self.note_mismatch(&wrong) {
+                    Ok(message) => message,
+                    Err(reason) => return self.feed(Event::PeerLost(reason)),
+                },
                 _ => {
                     return self.feed(Event::PeerLost(
                         "the backup sent a frame that only a primary sends".into(),
@@ -454,6 +474,7 @@ impl Session {
     pub(super) fn info(&self) -> FtInfo {
         let mut info = FtInfo::disabled();
         lock(&self.metrics).report(&mut info);
+        (info.audit.policy, info.audit.disk_rounds) = (self.audit, self.log.audit.rounds());
         let status = self.status();
         let core = lock(&self.core);
         (info.lag_bytes, info.run_percent) = (core.lag(), core.percent());
@@ -472,15 +493,7 @@ impl Session {
         info.limits = lock(&self.limits).clone();
         (info.outputs_waiting, _) = self.interposer.waiting();
         info.bytes_sent = self.outbox.bytes_written();
+        info.tell_spares(self.reprotect.as_ref());
         info
-    }
-}
-
-/// The arbiter's answer, for the core.
-pub(crate) fn answer_of(answer: Result<Verdict, crate::arbiter::ArbiterError>) -> Answer {
-    match answer {
-        Ok(Verdict::Won) => Answer::Won,
-        Ok(Verdict::Lost { winner }) => Answer::Lost { winner },
-        Err(e) => Answer::Unknown { reason: e.to_string() },
     }
 }

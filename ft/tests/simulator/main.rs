@@ -9,6 +9,7 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod audit;
 mod backup;
 mod checks;
 mod faults;
@@ -143,6 +144,10 @@ fn the_seeds_reach_every_kind_of_end() {
         "fault: frame late",
         "fault: slow disk",
         "fault: full disk",
+        "fault: flipped shadow",
+        "flips found",
+        "flips mended",
+        "takeovers with a flip that nobody knew of",
     ] {
         assert!(reached.get(end).is_some_and(|n| *n >= 5), "{end}: {reached:?}");
     }
@@ -151,7 +156,7 @@ fn the_seeds_reach_every_kind_of_end() {
 /// The checker must catch what it is there for.
 #[test]
 fn injected_bugs_are_caught() {
-    let bugs: [(Bug, &[&str]); 17] = [
+    let bugs: [(Bug, &[&str]); 20] = [
         (Bug::ReleaseBeforeCommit, &["R1"]),
         (Bug::AckBeforeWhole, &["R2"]),
         // Of a backup that is to have flushes on disk, too.
@@ -171,6 +176,9 @@ fn injected_bugs_are_caught() {
         (Bug::Impatient, &["R4"]),
         (Bug::StaleGeneration, &["liveness"]),
         (Bug::WrongGeneration, &["liveness"]),
+        (Bug::DamageIsForgotten, &["R6"]),
+        (Bug::RepairIsForgotten, &["liveness"]),
+        (Bug::AckDamaged, &["R2"]),
     ];
     for (bug, rules) in bugs {
         let Err((seed, violation)) = run_all(0..3_000, Some(bug)) else {

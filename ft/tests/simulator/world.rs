@@ -39,6 +39,12 @@ pub enum Bug {
     StaleGeneration,
     /// A handover that failed names another generation than the one that was spent.
     WrongGeneration,
+    /// The backup forgets what the audit found.
+    DamageIsForgotten,
+    /// The primary sends nothing anew.
+    RepairIsForgotten,
+    /// A backup that is known to be wrong acknowledges.
+    AckDamaged,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -112,6 +118,8 @@ pub struct World {
     pub active: u64,
     /// `disk-of-both`.
     pub durable: bool,
+    /// What the audit finds is sent anew.
+    pub repair: bool,
     /// All frames go through the real encoder and reader.
     real_wire: bool,
     pub violation: Option<String>,
@@ -137,6 +145,7 @@ impl World {
             winners: BTreeMap::new(),
             active: 0,
             durable: false,
+            repair: false,
             real_wire: false,
             violation: None,
             delay: 0,
@@ -147,6 +156,7 @@ impl World {
         world.delay = [ms(1) / 10, ms(2), ms(30)][world.below(3) as usize];
         world.durable = world.one_in(2);
         world.real_wire = world.one_in(16);
+        world.repair = !world.one_in(3);
         world.sessions_left = [0, 0, 1, 2][world.below(4) as usize];
         let guest = Guest {
             ram: [(); PAGES].map(|()| world.random()),

@@ -169,6 +169,7 @@ impl Backup {
             Frame::Input { epoch, input } => self.staging.input(epoch, input),
             Frame::Outputs { epoch, outputs } => self.staging.outputs(epoch, outputs),
             Frame::Audit { epoch, sums } => self.staging.audit(epoch, sums),
+            Frame::DiskAudit { epoch, sums } => self.staging.disk_audit(epoch, sums),
             Frame::State { epoch, data } => self.staging.state(epoch, &data),
             Frame::End(marker) => {
                 let (bytes, durable) = self.staging.end(&marker).map_err(|e| e.to_string())?;
@@ -218,6 +219,7 @@ impl Backup {
             Frame::Input { epoch, .. } => add(*epoch, &mut |m| m.inputs += 1),
             Frame::Outputs { epoch, outputs } => add(*epoch, &mut |m| m.outputs += outputs.len() as u64),
             Frame::Audit { epoch, sums } => add(*epoch, &mut |m| m.audited += sums.len() as u64),
+            Frame::DiskAudit { epoch, sums } => add(*epoch, &mut |m| m.audited_chunks += sums.len() as u64),
             Frame::State { epoch, data } => add(*epoch, &mut |m| m.state_len += data.len() as u64),
             _ => {}
         }

@@ -9,9 +9,11 @@
 mod backup;
 mod seeds;
 
+use ft::audit;
 use ft::config::FtLimits;
 use ft::core::arbitration::Answer;
 use ft::core::primary::{self, FromBackup, PrimaryState, ToBackup};
+use ft::core::staging::Staging;
 use ft::core::{MAX_IN_FLIGHT, ms};
 use ft::machine::{DiskIdentity, Identity, PAGE_SIZE};
 use ft::wire::decode::decode;
@@ -126,6 +128,17 @@ fn to_primary(input: &mut Input<'_>) {
                                 FromBackup::HandoverFailed { generation, reason }
                             }
                             Frame::Bye(reason) => FromBackup::Bye(reason),
+                            Frame::Mismatch(wrong) => {
+                                // As `Session::note_mismatch`.
+                                let known = Staging::new(&identity(), 0);
+                                if wrong.iter().any(|mismatch| known.check_place(&mismatch.place).is_err()) {
+                                    continue;
+                                }
+                                FromBackup::Mismatch {
+                                    places: wrong.len() as u64,
+                                    what: audit::describe(&wrong, &identity().disks),
+                                }
+                            }
                             _ => continue,
                         };
                         primary::Event::Peer {
@@ -151,6 +164,7 @@ fn to_primary(input: &mut Input<'_>) {
                 primary::Event::Checkpointed {
                     bytes: input.u32().into(),
                     dirty_bytes: input.u32().into(),
+                    anew: input.u8().into(),
                 }
             }
             0xe0..=0xe7 => primary::Event::Failover,

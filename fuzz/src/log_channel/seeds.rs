@@ -1,5 +1,6 @@
 //! Inputs of the log channel to begin with.
 
+use ft::audit::{ChunkSum, Mismatch, Place};
 use ft::config::FtLimits;
 use ft::machine::{DiskChange, Input as GuestInput, Output, PAGE_SIZE, PageRun};
 use ft::wire::frame::{Frame, Kind, encode};
@@ -24,6 +25,8 @@ fn frames() -> Vec<Frame> {
         token: "t".into(),
         limits: FtLimits::default(),
         durability: Default::default(),
+        reprotect: None,
+        audit: Default::default(),
     };
     vec![
         Frame::Heartbeat,
@@ -78,6 +81,15 @@ fn frames() -> Vec<Frame> {
             epoch: 1,
             sums: vec![ft::audit::PageSum { gpa: 0, crc: 1 }],
         },
+        Frame::DiskAudit {
+            epoch: 1,
+            sums: vec![ChunkSum {
+                disk: 0,
+                offset: 4096,
+                len: 4096,
+                crc: 1,
+            }],
+        },
         Frame::State {
             epoch: 1,
             data: vec![5; 100],
@@ -89,6 +101,11 @@ fn frames() -> Vec<Frame> {
         Frame::Ack(1),
         Frame::HandedOver(2),
         Frame::Bye("end".into()),
+        Frame::Mismatch(vec![Mismatch {
+            place: Place::Page { gpa: 0 },
+            found: 1,
+            expected: 2,
+        }]),
         Frame::HandoverFailed {
             generation: 2,
             reason: "no".into(),
@@ -122,6 +139,7 @@ pub fn seeds() -> Vec<Vec<u8>> {
                 | Kind::HandedOver
                 | Kind::HandoverFailed
                 | Kind::Bye
+                | Kind::Mismatch
         ) {
             epoch.extend([1]);
             epoch.extend(&one);

@@ -33,12 +33,15 @@ pub fn open(disk: &Path) -> Result<File> {
     if !is_qcow2(disk)? {
         return Ok(File::open(disk)?);
     }
-    let raw = disk.with_extension("seen");
-    let (from, to) = (disk.display().to_string(), raw.display().to_string());
-    qemu_img(&["convert", "-U", "-f", "qcow2", "-O", "raw", &from, &to])?;
-    let file = File::open(&raw)?;
-    std::fs::remove_file(&raw)?;
-    Ok(file)
+    // Of a copy: the image itself is locked.
+    let (copy, raw) = (disk.with_extension("copy"), disk.with_extension("seen"));
+    std::fs::copy(disk, &copy)?;
+    let (from, to) = (copy.display().to_string(), raw.display().to_string());
+    let converted = qemu_img(&["convert", "-f", "qcow2", "-O", "raw", &from, &to]).and_then(|_| Ok(File::open(&raw)?));
+    for file in [&copy, &raw] {
+        drop(std::fs::remove_file(file));
+    }
+    converted
 }
 
 /// A guest sees the same of both disks. Neither may be open.

@@ -7,6 +7,8 @@
 //!        cloud-hypervisor  <---log0--->  cloud-hypervisor
 //! ```
 //!
+//! A third host, namespace s, is joined to all of them in the same way.
+//!
 //! | module | what |
 //! | --- | --- |
 //! | [`cleanup`] | what must be gone when the program ends, also by a signal |
@@ -23,6 +25,7 @@
 //! | [`proxied`] | a protected VM whose log channel goes through it |
 //! | [`qemu`] | the same guest under QEMU |
 //! | [`report`] | tables |
+//! | [`table`] | cases that are run one after the other: what must happen, what happened, figures |
 //!
 //! Programs: `demo`, `campaign`, `faults` and `bench`. Everything needs root and /dev/kvm.
 
@@ -41,3 +44,4 @@ pub mod proxy;
 pub mod qemu;
 pub mod report;
 pub mod services;
+pub mod table;

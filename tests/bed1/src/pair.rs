@@ -1,6 +1,7 @@
 //! [`Bed`]: the hosts, their disks and the arbiter; how a guest is booted, shadowed and protected.
 
 use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -28,10 +29,10 @@ pub struct Options {
     pub memory_mib: u64,
     /// Disk in MiB.
     pub disk_mib: u64,
-    /// Format of the disk on hosts a and b: `raw` or `qcow2`.
-    pub image_types: [&'static str; 2],
     /// Disks beside that one, as large, which the guest leaves alone.
     pub idle_disks: u32,
+    /// Format of the disk on hosts a and b: `raw` or `qcow2`.
+    pub image_types: [&'static str; 2],
     /// Further words of the guest's command line.
     pub cmdline: String,
     /// Silence after which the other side counts as dead. Longer than the product's default, so that a machine that is
@@ -43,6 +44,10 @@ pub struct Options {
     pub tls: bool,
     /// Flush durability policy.
     pub durability: &'static str,
+    /// The spare host is used.
+    pub spares: bool,
+    /// What becomes of a shadow that differs.
+    pub audit: &'static str,
 }
 
 impl Default for Options {
@@ -51,33 +56,41 @@ impl Default for Options {
             vcpus: 2,
             memory_mib: 256,
             disk_mib: 16,
-            image_types: ["raw"; 2],
             idle_disks: 0,
+            image_types: ["raw"; 2],
             cmdline: String::new(),
             heartbeat_timeout_ms: 3000,
             limits: Vec::new(),
             tls: false,
             durability: "memory-of-both",
+            spares: false,
+            audit: "stop",
         }
     }
 }
 
-/// One of the two hosts.
+/// One of the hosts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Side {
     /// Namespace `a`.
     A,
     /// Namespace `b`.
     B,
+    /// Namespace `s`: the spare host, where a test needs three.
+    S,
 }
 
 impl Side {
     /// Name of the namespace.
     pub fn name(self) -> &'static str {
-        if self == Self::A { "a" } else { "b" }
+        match self {
+            Self::A => "a",
+            Self::B => "b",
+            Self::S => "s",
+        }
     }
 
-    /// The other host.
+    /// The other one of hosts a and b.
     pub fn other(self) -> Self {
         if self == Self::A { Self::B } else { Self::A }
     }
@@ -97,7 +110,19 @@ pub struct Host {
     pub peer: String,
 }
 
-/// Two hosts, the network between them, a directory for all files. One bed at a time in a process: two cores are no
+impl Host {
+    /// Changes one bit of its disk behind the VMM's back, in the last sector, which the guest reaches last; its offset.
+    pub fn flip_disk_bit(&self) -> Result<u64> {
+        let disk = File::options().read(true).write(true).open(&self.disk)?;
+        let at = disk.metadata()?.len() - 1;
+        let mut byte = [0];
+        disk.read_exact_at(&mut byte, at)?;
+        disk.write_all_at(&[byte[0] ^ 4], at)?;
+        Ok(at)
+    }
+}
+
+/// The hosts, the network between them, a directory for all files. One bed at a time in a process: two cores are no
 /// place for more, and tests are threads of one process.
 pub struct Bed {
     /// The network; also the clients' way to the guest.
@@ -149,7 +174,7 @@ impl Bed {
         };
         let made = cleanup::creating(|| std::fs::create_dir_all(this.dir.join("arbiter")));
         made.with_context(|| this.dir.display().to_string())?;
-        for side in [Side::A, Side::B] {
+        for side in [Side::A, Side::B, Side::S] {
             this.new_disk(side)?;
         }
         this.started = 0;
@@ -161,7 +186,7 @@ impl Bed {
 
     fn make_certs(&self) -> Result<()> {
         let out = self.dir.join("certs");
-        let hosts = [Side::A, Side::B].map(|side| Network::log_ip(side.name()));
+        let hosts = [Side::A, Side::B, Side::S].map(|side| Network::log_ip(side.name()));
         let status = std::process::Command::new(binary("ch-remote")?)
             .args(["--json", "ft", "make-certs", "--out"])
             .arg(out)
@@ -178,9 +203,12 @@ impl Bed {
             return vec!["--insecure".into()];
         }
         let certs = self.dir.join("certs").join(Network::log_ip(side.name()));
-        let peer = Network::log_ip(side.other().name());
-        let args = ["--tls", &certs.display().to_string(), "--tls-peer", peer];
-        args.map(String::from).to_vec()
+        let mut args = vec!["--tls".to_string(), certs.display().to_string()];
+        // Of three, any other may be at the far end.
+        if !self.options.spares {
+            args.extend(["--tls-peer", Network::log_ip(side.other().name())].map(String::from));
+        }
+        args
     }
 
     /// The disk of a host.
@@ -217,6 +245,14 @@ impl Bed {
         Ok(())
     }
 
+    /// Ids and files of the disks that the guest leaves alone.
+    fn idle_disks(&self, side: Side) -> Vec<(String, PathBuf)> {
+        let file = |n| self.dir.join(format!("{}-idle{n}.img", side.name()));
+        (0..self.options.idle_disks)
+            .map(|n| (format!("idle{n}"), file(n)))
+            .collect()
+    }
+
     fn image_type(&self, side: Side) -> &'static str {
         self.options.image_types[usize::from(side == Side::B)]
     }
@@ -228,14 +264,6 @@ impl Bed {
             "raw" if self.image_type(side.other()) == "raw" => String::new(),
             format => format!(",image_type={format}"),
         }
-    }
-
-    /// Ids and files of the disks that the guest leaves alone.
-    fn idle_disks(&self, side: Side) -> Vec<(String, PathBuf)> {
-        let file = |n| self.dir.join(format!("{}-idle{n}.img", side.name()));
-        (0..self.options.idle_disks)
-            .map(|n| (format!("idle{n}"), file(n)))
-            .collect()
     }
 
     /// `file:DIR` of the arbiter.
@@ -383,6 +411,8 @@ impl Bed {
             &arbiter,
             "--durability",
             self.options.durability,
+            "--audit",
+            self.options.audit,
             "--limits",
             &limit,
         ];

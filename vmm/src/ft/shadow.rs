@@ -172,7 +172,7 @@ fn send_held(vm: &Vm, outputs: Vec<Output>) {
 }
 
 impl VmShadow {
-    /// The disk's image, for a change of this range.
+    /// The disk's image, for a change or comparison of this range.
     fn image(&self, disk: u16, offset: u64, len: u64) -> Result<Arc<dyn DiskImage>, MachineError> {
         let index = usize::from(disk);
         let (Some(disk), Some(info)) = (self.vm.devices().disks().get(index), self.identity.disks.get(index)) else {
@@ -181,7 +181,7 @@ impl VmShadow {
         if info.readonly || offset.checked_add(len).is_none_or(|end| end > info.size) {
             let reason = if info.readonly { "is read-only" } else { "ends earlier" };
             return Err(machine_error(format!(
-                "{}: change at {offset} of {len} bytes, but it {reason}",
+                "{}: {len} bytes at {offset}, but it {reason}",
                 info.id
             )));
         }
@@ -200,6 +200,11 @@ impl Shadow for VmShadow {
 
     fn read_memory(&self, gpa: u64, buf: &mut [u8]) -> Result<(), MachineError> {
         self.vm.ram().read(gpa, buf).map_err(machine_error)
+    }
+
+    fn read_disk(&self, disk: u16, offset: u64, buf: &mut [u8]) -> Result<(), MachineError> {
+        let image = self.image(disk, offset, buf.len() as u64)?;
+        image.read_at(offset, buf).map_err(machine_error)
     }
 
     fn apply_disk(&mut self, disk: u16, change: &DiskChange) -> Result<(), MachineError> {

@@ -105,8 +105,9 @@ pub enum FtCommand {
         /// committed, beyond half of which the guest is slowed down; heartbeat_ms (5-10000, 50);
         /// heartbeat_timeout_ms (500, at least 3 heartbeats): silence after which the peer counts as dead;
         /// precopy_mib_s (0 = no limit): rate of the first copy; audit_mib_s (0-65536, 16): RAM of the backup that is
-        /// compared with the primary's while both run (0 = none); delta_cache_mib (0-65536, 32): memory that remembers
-        /// pages as they were sent, so that only changed lines of a page are sent again (0 = whole pages)
+        /// compared with the primary's while both run (0 = none); audit_disk_mib_s (0-65536, 4): the same for disks;
+        /// delta_cache_mib (0-65536, 32): memory that remembers pages as they were sent, so that only changed lines of
+        /// a page are sent again (0 = whole pages)
         #[arg(value_name = "KEY=VALUE", verbatim_doc_comment)]
         settings: Vec<String>,
     },
@@ -194,9 +195,22 @@ pub struct Enable {
     /// power cut of both; flushes then wait for the backup's disk)
     #[arg(long, value_name = "POLICY", default_value = "memory-of-both", value_parser = ["memory-of-both", "disk-of-both"])]
     pub durability: String,
+    /// What becomes of a backup whose RAM or disk the audit finds to differ from the primary's: stop (it ends, the VM goes
+    /// on unprotected) or repair (the place is copied anew; the VM is not protected until then)
+    #[arg(long, value_name = "POLICY", default_value = "stop", value_parser = ["stop", "repair"])]
+    pub audit: String,
     /// Limits as for `ft config`, for example max_epoch_ms=50,precopy_mib_s=200
     #[arg(long, value_name = "KEY=VALUE", num_args = 1..)]
     pub limits: Vec<String>,
+    /// Look for a new backup by itself whenever the VM runs alone: here after the loss of the backup, there after a
+    /// takeover; until `ft disable`
+    #[arg(long)]
+    pub auto_reprotect: bool,
+    /// Hosts that may be the new backup, in the order in which they are tried: tcp:HOST:PORT or unix:PATH, each with a VMM
+    /// that waits (`ft receive`). The one in --peer is tried last, unless it is named here. Name this host too, if it is to
+    /// be a backup one day
+    #[arg(long, value_name = "ADDRESS", num_args = 1.., value_delimiter = ',', requires = "auto_reprotect")]
+    pub spares: Vec<String>,
     /// Return as soon as the session has begun
     #[arg(long)]
     pub no_wait: bool,
