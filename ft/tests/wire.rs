@@ -4,7 +4,7 @@
 
 use ft::audit::{ChunkSum, Mismatch, PageSum, Place};
 use ft::config::{FtAudit, FtDurability, FtLimits};
-use ft::core::staging::Staging;
+use ft::core::staging::{Staging, StagingError};
 use ft::machine::{DiskChange, DiskIdentity, Identity, Input, Output, PAGE_SIZE, PageRun, Refusal};
 use ft::reprotect::{MAX_SPARES, Reprotect};
 use ft::wire::frame::{EndMarker, Frame, OutFrame, encode};
@@ -490,4 +490,28 @@ fn what_a_peer_can_make_us_allocate_is_bounded() {
             source: DecodeError::Sequence { found: 2, expected: 1 }
         }
     ));
+}
+
+/// A frame of a few bytes must not make the backup write its RAM many times over: during pre-copy nothing is counted.
+#[test]
+fn a_frame_that_repeats_pages_is_refused() {
+    let pages = 1 << 20;
+    let identity = Identity {
+        vm_id: "vm".into(),
+        vmm_version: "1".into(),
+        config: String::new(),
+        memory: vec![(0, pages * PAGE_SIZE as u64)],
+        vcpus: 1,
+        cpu_features: Vec::new(),
+        tsc_khz: 0,
+        disks: Vec::new(),
+        nics: 0,
+    };
+    let staging = Staging::new(&identity, 4096);
+    let all = PageRun { gpa: 0, count: pages };
+    assert_eq!(staging.check_pages(&[all]), Ok(()));
+    let first = PageRun { gpa: 0, count: 1 };
+    for runs in [vec![all, first], vec![all; 1000]] {
+        assert!(matches!(staging.check_pages(&runs), Err(StagingError::Repeated { .. })));
+    }
 }

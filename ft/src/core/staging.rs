@@ -38,6 +38,12 @@ pub enum StagingError {
         /// Number of pages.
         count: u64,
     },
+    /// A frame names pages again and again.
+    #[error("a frame of {count} pages or more: the VM's RAM has fewer")]
+    Repeated {
+        /// Number of pages so far.
+        count: u64,
+    },
     /// A place outside of the disk, or on a disk that is not replicated.
     #[error("disk {disk}: {len} bytes at {offset}: no such place, or read-only")]
     Disk {
@@ -160,8 +166,9 @@ impl Staging {
         self.log_limit
     }
 
-    /// Checks that pages are in RAM.
+    /// Checks that pages are in RAM, and no more than RAM has: a small frame must not make the backup write for ever.
     pub fn check_pages(&self, runs: &[PageRun]) -> Result<(), StagingError> {
+        let mut pages = 0;
         for run in runs {
             let (gpa, count) = (run.gpa, run.count);
             let len = count.checked_mul(PAGE_SIZE as u64);
@@ -169,6 +176,11 @@ impl Staging {
             let inside = |(start, size): &(u64, u64)| gpa >= *start && end.is_some_and(|end| end <= start + size);
             if count == 0 || gpa % PAGE_SIZE as u64 != 0 || !self.memory.iter().any(inside) {
                 return Err(StagingError::Memory { gpa, count });
+            }
+            // Each run is within RAM, and there are not many of them in a frame: the sum fits.
+            pages += count;
+            if pages > self.pages_limit {
+                return Err(StagingError::Repeated { count: pages });
             }
         }
         Ok(())

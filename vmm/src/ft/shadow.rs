@@ -97,6 +97,10 @@ impl VmShadowHost {
             net.tap = Some(over.tap.clone());
         }
         super::consoles::override_consoles(&mut config, &self.overrides)?;
+        // The primary's own check is not ours to trust.
+        config
+            .validate()
+            .map_err(|e| refuse("config_not_valid", e.to_string()))?;
         for (disk, offered) in config.disks.iter().flatten().zip(&offered.disks) {
             prepare_disk(disk, offered)?;
         }
