@@ -46,6 +46,8 @@ pub enum ThreadKind {
     FtSender,
     /// Heartbeats, on either side.
     FtPulse,
+    /// Writes what may be written to disks that both hosts see.
+    FtDisks,
     /// Asks the arbiter.
     FtArbiter,
     /// Slows the guest down.
@@ -62,7 +64,7 @@ pub enum ThreadKind {
 
 impl ThreadKind {
     /// All kinds.
-    pub const ALL: [Self; 22] = [
+    pub const ALL: [Self; 23] = [
         Self::Main,
         Self::Spawner,
         Self::Control,
@@ -79,6 +81,7 @@ impl ThreadKind {
         Self::FtReceiver,
         Self::FtSender,
         Self::FtPulse,
+        Self::FtDisks,
         Self::FtArbiter,
         Self::FtThrottle,
         Self::FtListen,

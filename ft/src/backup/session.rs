@@ -18,7 +18,7 @@ use crate::core::backup::{Action, BackupState, Event, FromPrimary, ToPrimary};
 use crate::core::ms;
 use crate::core::staging::Staging;
 use crate::event::{EventSink, Status, announce};
-use crate::machine::{MachineError, PAGE_SIZE, Shadow};
+use crate::machine::{DiskChange, MachineError, PAGE_SIZE, Shadow};
 use crate::outbox::{Clock, Outbox, Stamp};
 use crate::primary::session::{answer_of, lock};
 use crate::transport::Stream;
@@ -57,6 +57,8 @@ pub(super) struct Session {
     pub(super) core: Mutex<BackupState>,
     announced: Mutex<Option<Status>>,
     pub(super) limits: Mutex<FtLimits>,
+    /// What a takeover waits for.
+    pub(super) waits: Mutex<Option<String>>,
     pub(super) staging: Mutex<Staging>,
     pub(super) checkpoints: Mutex<Checkpoints>,
     pub(super) shadow: Mutex<Option<Box<dyn Shadow>>>,
@@ -89,6 +91,7 @@ impl Session {
             announced: Mutex::new(None),
             staging: Mutex::new(Staging::new(&parts.hello.identity, log_limit(&limits))),
             limits: Mutex::new(limits),
+            waits: Mutex::new(None),
             checkpoints: Mutex::default(),
             shadow: Mutex::new(Some(parts.shadow)),
             jobs: Mutex::new(None),
@@ -225,10 +228,19 @@ impl Session {
             return;
         };
         let (state, outputs) = (std::mem::take(&mut staged.state), std::mem::take(&mut staged.outputs));
+        // The primary writes them to shared disks itself, unless it is lost before it said that it did.
+        let shared = {
+            let staging = lock(&self.staging);
+            let kept = |(disk, change): &mut (u16, DiskChange)| {
+                staging.is_shared(*disk) && !matches!(change, DiskChange::Check { .. })
+            };
+            staged.disk.extract_if(.., kept).collect()
+        };
         let checkpoint = Checkpoint {
             epoch,
             state,
             outputs,
+            shared,
             came: self.clock.now(),
             age: staged.age_ns,
         };
@@ -318,7 +330,7 @@ impl Session {
             {
                 let checked = match &frame {
                     Frame::Pages { runs, .. } | Frame::ZeroPages { runs, .. } => staging.check_pages(runs),
-                    Frame::Disk { disk, change, .. } => staging.check_disk(*disk, change),
+                    Frame::Disk { disk, change, .. } => staging.check_copy(*disk, change),
                     _ => Ok(()),
                 };
                 drop(staging);
@@ -331,14 +343,15 @@ impl Session {
             }
             Frame::Pages { epoch, runs, data } => staging.pages(epoch, runs, data),
             Frame::ZeroPages { epoch, runs } => staging.zero_pages(epoch, &runs),
-            Frame::Disk { epoch, disk, change } => staging.disk(epoch, disk, change),
+            Frame::Disk { epoch, disk, change } => {
+                if staging.is_shared(disk) {
+                    self.check_kept(&staging)?;
+                }
+                staging.disk(epoch, disk, change)
+            }
             Frame::Input { epoch, input } => staging.input(epoch, input),
             Frame::Outputs { epoch, outputs } => {
-                // A primary holds no more than that itself; one that never says that they left must not fill this host.
-                let kept = lock(&self.checkpoints).output_bytes();
-                if kept > staging.log_limit() {
-                    return Err(format!("the primary holds {kept} bytes of outputs and makes more"));
-                }
+                self.check_kept(&staging)?;
                 staging.outputs(epoch, outputs)
             }
             Frame::Audit { epoch, sums } => staging.audit(epoch, sums),
@@ -347,7 +360,10 @@ impl Session {
                 let (bytes, flushes) = staging.end(&marker).map_err(|e| e.to_string())?;
                 drop(staging);
                 // The first one ends pre-copy, whose disk blocks count from now on.
-                let durable = (flushes || marker.epoch == 1) && self.on_disk();
+                let first = marker.epoch == 1;
+                // Nor before shared disks were found to be the primary's.
+                let checks = first && self.hello.identity.disks.iter().any(|disk| disk.shared.is_some());
+                let durable = (flushes || first) && self.on_disk() || checks;
                 self.feed(Event::Staged {
                     epoch: marker.epoch,
                     bytes,
@@ -379,6 +395,15 @@ impl Session {
             }
         };
         result.map_err(|e| e.to_string())
+    }
+
+    /// A primary holds no more than that itself; one that never says that it let go of it must not fill this host.
+    fn check_kept(&self, staging: &Staging) -> Result<(), String> {
+        let kept = lock(&self.checkpoints).kept_bytes();
+        if kept > staging.log_limit() {
+            return Err(format!("the primary holds {kept} bytes of outputs and makes more"));
+        }
+        Ok(())
     }
 
     /// Pre-copy: nothing counts yet, so it goes straight into the shadow.
@@ -451,6 +476,10 @@ impl Session {
 
     pub(super) fn may_leave(&self) -> bool {
         lock(&self.core).may_leave()
+    }
+
+    pub(super) fn quits(&self) -> bool {
+        self.quit.load(Ordering::SeqCst)
     }
 
     /// The threads are to end, whatever the state.

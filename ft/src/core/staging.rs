@@ -115,6 +115,7 @@ pub struct Staging {
     memory: Vec<(u64, u64)>,
     /// Size of each disk; `None`: read-only.
     disks: Vec<Option<u64>>,
+    shared: Vec<bool>,
     nics: u32,
     pages_limit: u64,
     log_limit: u64,
@@ -132,6 +133,7 @@ impl Staging {
         Self {
             memory: identity.memory.clone(),
             disks: identity.disks.iter().map(|d| (!d.readonly).then_some(d.size)).collect(),
+            shared: identity.disks.iter().map(|d| d.shared.is_some()).collect(),
             nics: identity.nics,
             pages_limit: identity.memory.iter().map(|(_, size)| size / PAGE_SIZE as u64).sum(),
             log_limit,
@@ -164,18 +166,29 @@ impl Staging {
         Ok(())
     }
 
-    /// Checks that a change is within a disk that is replicated.
+    /// Checks that a change is within a disk that can be written.
     pub fn check_disk(&self, disk: u16, change: &DiskChange) -> Result<(), StagingError> {
-        let (offset, len) = match change {
-            DiskChange::Write { offset, data } => (*offset, data.len() as u64),
-            DiskChange::Zero { offset, len, .. } => (*offset, *len),
-            DiskChange::Flush => (0, 0),
-        };
+        let (offset, len) = change.range();
         let size = self.disks.get(usize::from(disk)).copied().flatten();
+        let suits = self.is_shared(disk) || !matches!(change, DiskChange::Check { .. });
         match (size, offset.checked_add(len)) {
-            (Some(size), Some(end)) if end <= size => Ok(()),
+            (Some(size), Some(end)) if end <= size && suits => Ok(()),
             _ => Err(StagingError::Disk { disk, offset, len }),
         }
+    }
+
+    /// Checks that a block of pre-copy is of a disk that is copied at all.
+    pub fn check_copy(&self, disk: u16, block: &DiskChange) -> Result<(), StagingError> {
+        let (offset, len) = block.range();
+        match self.is_shared(disk) {
+            true => Err(StagingError::Disk { disk, offset, len }),
+            false => self.check_disk(disk, block),
+        }
+    }
+
+    /// Both hosts see the disk.
+    pub fn is_shared(&self, disk: u16) -> bool {
+        self.shared.get(usize::from(disk)).copied().unwrap_or(false)
     }
 
     fn epoch(&mut self, epoch: u64) -> Result<&mut StagedEpoch, StagingError> {

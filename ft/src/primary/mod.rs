@@ -4,14 +4,17 @@
 //! * `session`: what the threads share: the protocol core and who performs its actions;
 //! * `controller`: the thread that copies (pre-copy, checkpoints) and that alone pauses and resumes the VM;
 //! * `precopy`, `checkpoint`: what it does in the two stages;
+//! * `disks`: the thread that writes to shared disks what may be written;
 //! * `metrics`: measures for `ft info`.
 //!
 //! Threads: controller; sender (writes what device workers post); receiver (acknowledgements: it releases outputs
-//! itself, so that nobody has to be woken); pulse (heartbeats, silence, retries); one per question to the arbiter.
-//! Lock order: core, then interposer, then outbox. Machine calls are made without any of them but the release lock.
+//! itself, so that nobody has to be woken); disks (if any are shared); pulse (heartbeats, silence, retries); one per question to the arbiter.
+//! Lock order: the release lock or the writing lock, core, then interposer, then outbox. Machine calls are made without
+//! any of them but the first two.
 
 pub mod checkpoint;
 pub mod controller;
+mod disks;
 mod handshake;
 pub mod metrics;
 pub mod precopy;
@@ -84,6 +87,10 @@ impl Primary {
         )?;
         let s = session.clone();
         spawn(ThreadKind::FtSender, "ft-sender", Box::new(move || s.send()))?;
+        if session.identity.disks.iter().any(|disk| disk.shared.is_some()) {
+            let s = session.clone();
+            spawn(ThreadKind::FtDisks, "ft-disks", Box::new(move || s.write_disks()))?;
+        }
         let s = session.clone();
         spawn(ThreadKind::FtPulse, "ft-pulse", Box::new(move || s.pulse()))?;
         let s = session.clone();

@@ -19,6 +19,7 @@ use crate::event::{EventSink, Status, announce};
 use crate::interposer::{Interposer, LogSink};
 use crate::machine::{DiskChange, Identity, Protected};
 use crate::outbox::{Clock, Outbox};
+use crate::primary::disks::Disks;
 use crate::primary::metrics::Metrics;
 use crate::transport::Stream;
 use crate::wire::frame::{self, Frame, encode};
@@ -115,6 +116,7 @@ pub struct Session {
     ended: Condvar,
     /// Outputs leave in order: whoever takes them out of the interposer holds this until they have left.
     pub(super) releasing: Mutex<()>,
+    pub(super) disks: Disks,
     /// The guest is not slowed down any more. Held while it is slowed down.
     alone: Mutex<bool>,
     pub(super) metrics: Mutex<Metrics>,
@@ -140,7 +142,11 @@ impl Session {
             });
             let interposer = Interposer::new(1, interposer_bound(&parts.limits), log.clone(), waker);
             let now = parts.clock.now();
-            let core = PrimaryState::new(parts.generation, (&parts.limits).into(), MAX_IN_FLIGHT, now);
+            let mut core = PrimaryState::new(parts.generation, (&parts.limits).into(), MAX_IN_FLIGHT, now);
+            let disks = Disks::new(&parts.identity);
+            if disks.any() {
+                core = core.with_shared_disks(parts.durability == FtDurability::DiskOfBoth);
+            }
             let session = Self {
                 machine: parts.machine,
                 identity: parts.identity,
@@ -163,6 +169,7 @@ impl Session {
                 changed: Condvar::new(),
                 ended: Condvar::new(),
                 releasing: Mutex::new(()),
+                disks,
                 alone: Mutex::new(false),
                 metrics: Mutex::default(),
                 quit: AtomicBool::new(false),
@@ -212,6 +219,7 @@ impl Session {
     pub(super) fn finish(&self) {
         lock(&self.mailbox).finished = true;
         self.ended.notify_all();
+        self.disks.wake();
     }
 
     /// All threads are to end.
@@ -222,6 +230,7 @@ impl Session {
         drop(lock(&self.mailbox));
         self.changed.notify_all();
         self.ended.notify_all();
+        self.disks.wake();
     }
 
     /// Called with the core locked, so that changes are announced in their order.
@@ -261,6 +270,7 @@ impl Session {
             Event::Tick { .. } => self.tick(),
             event => event,
         };
+        core.note_held(self.interposer.unwritten());
         let actions = core.step(event, self.clock.now());
         self.announce(&core);
         drop(core);
@@ -298,8 +308,16 @@ impl Session {
         match action {
             Action::Release(epoch) => self.release(epoch),
             Action::Send(ToBackup::Disarm(reason)) => drop(self.outbox.post(encode(&Frame::Disarm(reason)))),
-            Action::Send(ToBackup::Handover(epoch)) => drop(self.outbox.post(encode(&Frame::Handover(epoch)))),
-            Action::AskArbiter { expected } => self.ask(expected),
+            Action::Send(ToBackup::Handover(epoch)) => {
+                // The guest stands still and everything is written: the backup needs the locks now.
+                self.yield_disks(|core| !core.is_over());
+                self.outbox.post(encode(&Frame::Handover(epoch)));
+            }
+            Action::Write(epoch) => self.disks.may_write(epoch),
+            Action::AskArbiter { expected } => {
+                self.disks.wake();
+                self.ask(expected);
+            }
             Action::Disconnect => self.outbox.close(),
             Action::Throttle(_) => self.throttle(),
             heavy => return Some(heavy),
@@ -344,12 +362,21 @@ impl Session {
             taken.pop_front();
         }
         self.interposer.put_back(taken.into());
-        self.outbox.mark.fetch_max(left, Ordering::AcqRel);
+        self.disks.released.fetch_max(left, Ordering::AcqRel);
+        self.mark();
         drop(order);
         let mut metrics = lock(&self.metrics);
         for (count, age) in ages {
             metrics.released(count, age);
         }
+    }
+
+    /// Tells the backup with the next frame which epochs it need not keep: their outputs left, and their changes are on
+    /// the shared disks.
+    pub(super) fn mark(&self) {
+        let released = self.disks.released.load(Ordering::Acquire);
+        let mark = released.min(self.disks.written());
+        self.outbox.mark.fetch_max(mark, Ordering::AcqRel);
     }
 
     fn ask(self: &Arc<Self>, expected: u64) {
@@ -463,7 +490,9 @@ impl Session {
         } else {
             FtRole::Primary
         };
-        (info.state, info.reason) = (status.state, status.reason);
+        info.state = status.state;
+        info.reason = joined(status.reason, self.disks.trouble());
+        info.shared_disks = self.disks.ids();
         (info.generation, info.epoch, info.committed) = (status.generation, status.epoch, status.committed);
         info.peer = Some(self.peer.clone());
         info.transport = Some(self.transport.clone());
@@ -473,6 +502,14 @@ impl Session {
         (info.outputs_waiting, _) = self.interposer.waiting();
         info.bytes_sent = self.outbox.bytes_written();
         info
+    }
+}
+
+/// Why, and what else there is to say.
+pub(crate) fn joined(reason: Option<String>, more: Option<String>) -> Option<String> {
+    match (reason, more) {
+        (Some(reason), Some(more)) => Some(format!("{reason}; {more}")),
+        (reason, more) => reason.or(more),
     }
 }
 

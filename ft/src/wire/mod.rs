@@ -21,7 +21,7 @@ pub mod reader;
 use thiserror::Error;
 
 /// Version of the protocol; both sides must have the same.
-pub const VERSION: u16 = 3;
+pub const VERSION: u16 = 4;
 
 /// Largest payload in bytes.
 pub const MAX_PAYLOAD: usize = 4 << 20;

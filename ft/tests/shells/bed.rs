@@ -184,6 +184,7 @@ impl Bed {
             insecure: false,
             tls: None,
             durability: FtDurability::default(),
+            shared_disks: Vec::new(),
             limits: limits(),
         }
     }

@@ -57,6 +57,7 @@ fn identity() -> Identity {
             id: "d".into(),
             size: BLOCKS as u64 * BLOCK,
             readonly: false,
+            shared: None,
         }],
         nics: 1,
     }

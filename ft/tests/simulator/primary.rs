@@ -364,6 +364,7 @@ impl World {
             Action::Resume => self.s.p.paused = false,
             Action::Release(epoch) => self.release(epoch),
             Action::Throttle(_) => {}
+            Action::Write(_) => {}
             Action::Send(ToBackup::Disarm(reason)) => {
                 self.s.p.disarmed = true;
                 self.send_to_backup(Frame::Disarm(reason));

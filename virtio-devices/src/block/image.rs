@@ -4,6 +4,7 @@
 //! would see old ones, and two that write destroy it. Therefore FT's pre-copy reads, and its shadow writes, through the
 //! image that the device has too.
 
+use std::fs::File;
 use std::io;
 use std::sync::Arc;
 
@@ -18,6 +19,11 @@ pub trait DiskImage: std::fmt::Debug + Send + Sync {
 
     /// Logical block size in bytes.
     fn block_size(&self) -> u32;
+
+    /// The file whose bytes are the disk's own, if there is nothing more to the image: such a disk two hosts can share.
+    fn raw(&self) -> Option<&File> {
+        None
+    }
 
     /// Does one request, within the disk, and waits for it. Returns the bytes moved.
     ///
@@ -80,6 +86,7 @@ mod tests {
             readonly: false,
             direct: false,
             queue_size: 1,
+            shared: false,
         })
         .unwrap();
         assert_eq!(image.size(), 1 << 20);

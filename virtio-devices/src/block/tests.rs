@@ -30,6 +30,7 @@ fn disk(path: &Path, readonly: bool, direct: bool) -> Arc<DiskFile> {
         readonly,
         direct,
         queue_size: QUEUE,
+        shared: false,
     };
     Arc::new(open_file(&options).unwrap())
 }
@@ -258,6 +259,7 @@ fn an_image_is_opened_once_for_writing() {
         readonly,
         direct: false,
         queue_size: QUEUE,
+        shared: false,
     };
     let first = open(&options(false)).unwrap();
     for readonly in [false, true] {
@@ -333,6 +335,7 @@ fn a_file_that_is_no_disk_is_refused_by_name() {
         readonly: true,
         direct: false,
         queue_size: 16,
+        shared: false,
     });
     assert!(missing.unwrap_err().to_string().contains("/nonexistent/disk"));
 }

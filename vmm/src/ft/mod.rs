@@ -1,7 +1,7 @@
 //! Fault tolerance on this VMM: the [`Plugin`] that serves `vm.ft-*` and keeps the one FT session.
 //!
 //! * [`protected`]: the running VM as FT sees it; [`shadow`]: the backup's side; [`backends`], [`blocks`]: the interposer at
-//!   the devices; [`consoles`]: where a shadow's consoles go.
+//!   the devices; [`shared`]: disks that both hosts see; [`consoles`]: where a shadow's consoles go.
 //!
 //! Lock order: `changing`, `session`, then FT's and the VM's own locks. FT's threads never take the first two.
 
@@ -10,6 +10,7 @@ mod blocks;
 mod consoles;
 mod protected;
 mod shadow;
+mod shared;
 
 use std::path::Path;
 use std::sync::{Arc, Mutex};
@@ -21,6 +22,7 @@ use ft::config::{FtEnableConfig, FtInfo, FtReceiveConfig};
 use ft::{Backup, EventSink, FtEvent, Primary};
 use sandbox::landlock::Access;
 
+use crate::devices::Disk;
 use crate::interrupts::lock;
 use crate::landlock::Landlock;
 use crate::plugin::Plugin;
@@ -130,9 +132,15 @@ impl FtPlugin {
         if config.arbiter.is_none() {
             config.arbiter.clone_from(&self.arbiter);
         }
-        let machine = ProtectedVm::new(vm);
+        for id in &config.shared_disks {
+            shared::shareable(&vm, id).map_err(|refusal| error(400, &refusal.code, &refusal))?;
+        }
+        let machine = ProtectedVm::new(vm.clone(), &config.shared_disks);
         end(self.put(Session::Off));
+        let ids = config.shared_disks.clone();
         let primary = ft::enable(machine, config, self.events()).map_err(|e| error(e.status(), e.code(), &e))?;
+        let disks = vm.devices().disks().iter();
+        disks.filter(|disk| ids.contains(&disk.id)).for_each(Disk::set_shared);
         self.put(Session::Primary(Arc::new(primary)));
         Ok(Response::Empty)
     }

@@ -17,6 +17,7 @@ use virtio_devices::block::DiskImage;
 
 use super::backends::{ReplayNet, transmit_all};
 use super::protected::{ProtectedVm, identity, machine_error, no_disk};
+use super::shared;
 use crate::state::VmState;
 use crate::vm::{Holder, Vm, VmContext};
 
@@ -93,7 +94,7 @@ impl VmShadowHost {
         }
         super::consoles::override_consoles(&mut config, &self.overrides)?;
         for (disk, offered) in config.disks.iter().flatten().zip(&offered.disks) {
-            if let (Some(path), false) = (&disk.path, offered.readonly) {
+            if let (Some(path), true) = (&disk.path, offered.is_replicated()) {
                 prepare_disk(path, offered.size, &offered.id)?;
             }
         }
@@ -106,13 +107,18 @@ impl ShadowHost for VmShadowHost {
         let config = self.config(offered)?;
         let failed =
             |e: &dyn std::fmt::Display| refuse("shadow_failed", format!("the backup cannot build the VM: {e}"));
-        let vm = Vm::new(config, Some(offered.vm_id.clone()), &self.context).map_err(|e| failed(&e))?;
-        let mut identity = identity(&vm).map_err(|e| failed(&e))?;
+        let shared = offered.disks.iter().filter(|disk| disk.shared.is_some());
+        let shared: Vec<String> = shared.map(|disk| disk.id.clone()).collect();
+        let vm = Vm::shadow(config, offered.vm_id.clone(), &self.context, &shared).map_err(|e| failed(&e))?;
+        shared::find_marks(&vm, offered)?;
+        let shared: Vec<_> = offered.disks.iter().map(|disk| disk.shared).collect();
+        let mut identity = identity(&vm, &shared).map_err(|e| failed(&e))?;
         // Paths and taps differ by host; what counts is compared field by field.
         identity.config.clone_from(&offered.config);
         Ok(Box::new(VmShadow {
             vm,
             identity,
+            claimed: false,
             adopt: self.adopt.clone(),
         }))
     }
@@ -121,6 +127,8 @@ impl ShadowHost for VmShadowHost {
 struct VmShadow {
     vm: Arc<Vm>,
     identity: Identity,
+    /// The locks of shared disks were taken.
+    claimed: bool,
     adopt: Adopt,
 }
 
@@ -202,17 +210,23 @@ impl Shadow for VmShadow {
     }
 
     fn apply_disk(&mut self, disk: u16, change: &DiskChange) -> Result<(), MachineError> {
-        let changed = match change {
-            DiskChange::Write { offset, data } => {
-                let image = self.image(disk, *offset, data.len() as u64)?;
-                image.write_at(*offset, data)
-            }
-            DiskChange::Zero { offset, len, unmap } => {
-                self.image(disk, *offset, *len)?.write_zeroes(*offset, *len, *unmap)
-            }
-            DiskChange::Flush => self.image(disk, 0, 0)?.flush(),
-        };
-        changed.map_err(machine_error)
+        let (offset, len) = change.range();
+        let image = self.image(disk, offset, len)?;
+        let shared = self
+            .identity
+            .disks
+            .get(usize::from(disk))
+            .is_some_and(|d| d.shared.is_some());
+        if shared && !self.claimed && !matches!(change, DiskChange::Check { .. }) {
+            return Err(machine_error("a shared disk is the primary's until its lock is taken"));
+        }
+        shared::carry_out(image.as_ref(), change)
+    }
+
+    fn claim_disks(&mut self) -> Result<Option<String>, MachineError> {
+        let who = shared::claim(&self.vm)?;
+        self.claimed = who.is_none();
+        Ok(who)
     }
 
     fn activate(self: Box<Self>, takeover: Takeover) -> Result<Arc<dyn Protected>, MachineError> {
@@ -233,7 +247,7 @@ impl Shadow for VmShadow {
             }
         }
         // All that can fail comes before the VM runs: after a failed activation the primary may go on (R4).
-        let protected = ProtectedVm::new(vm.clone());
+        let protected = ProtectedVm::new(vm.clone(), &[]);
         (self.adopt)(vm.clone());
         // Switches learn where the addresses are now before the first frame leaves; then comes what the primary may not
         // have sent; then the guest runs.
