@@ -14,9 +14,10 @@
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::session::{Session, lock};
+use crate::Error;
 use crate::core::primary::{Event, PrimaryState};
 use crate::machine::{DiskChange, Identity, MachineError, checksum};
 
@@ -250,6 +251,24 @@ impl Session {
             self.machine.yield_disks();
             self.disks.wake();
         }
+    }
+
+    /// See [`super::Primary::settle`].
+    pub(super) fn settle(&self, patience: Duration) -> Result<(), Error> {
+        let end = Instant::now() + patience;
+        while self.interposer.unwritten() > 0 {
+            if Instant::now() >= end {
+                let bytes = self.interposer.unwritten();
+                let why = self
+                    .disks
+                    .trouble()
+                    .unwrap_or_else(|| "their epochs are not committed".into());
+                let message = format!("{bytes} bytes wait for shared disks: {why}");
+                return Err(Error::WrongState(message));
+            }
+            std::thread::sleep(PAUSE / 10);
+        }
+        Ok(())
     }
 
     /// Makes durable what the guest wrote to shared disks before it was protected.

@@ -194,6 +194,11 @@ impl Primary {
         Ok(())
     }
 
+    /// Waits until what the guest wrote to shared disks is on them. The VM must stand still, or there is no end to it.
+    pub fn settle(&self) -> Result<(), Error> {
+        self.session.settle(PATIENCE)
+    }
+
     /// This side is broken: its VM stops, the backup is left to take over.
     pub fn give_up(&self) {
         self.quit();

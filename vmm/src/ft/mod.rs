@@ -267,6 +267,13 @@ impl Plugin for FtPlugin {
         }
     }
 
+    fn settle(&self) -> Result<(), ApiError> {
+        match self.session() {
+            Session::Primary(primary) => primary.settle().map_err(|e| error(e.status(), e.code(), &e)),
+            Session::Backup(_) | Session::Off => Ok(()),
+        }
+    }
+
     fn vm_failed(&self, reason: &str) {
         let _changing = lock(&self.changing);
         if let Session::Primary(primary) = self.session()

@@ -192,6 +192,10 @@ pub struct Enable {
     /// power cut of both; flushes then wait for the backup's disk)
     #[arg(long, value_name = "POLICY", default_value = "memory-of-both", value_parser = ["memory-of-both", "disk-of-both"])]
     pub durability: String,
+    /// Id of a disk whose file or block device both hosts see (NFS, SAN): it is not copied, and nothing is written to it
+    /// before the backup has it too; may be given several times. The backup's path is that of `ft receive --disk`
+    #[arg(long = "shared-disk", value_name = "ID")]
+    pub shared_disks: Vec<String>,
     /// Limits as for `ft config`, for example max_epoch_ms=50,precopy_mib_s=200
     #[arg(long, value_name = "KEY=VALUE", num_args = 1..)]
     pub limits: Vec<String>,

@@ -29,6 +29,7 @@ pub fn run(client: &Client, args: &Enable, json: bool) -> Result<()> {
         } else {
             FtDurability::MemoryOfBoth
         },
+        shared_disks: args.shared_disks.clone(),
         limits: options::limits(&args.limits)?.apply(&FtLimits::default()),
     };
     client.put_json("vm.ft-enable", &config)?;
