@@ -324,3 +324,20 @@ fn r5_with_disk_of_both_outputs_wait_for_the_flush_of_a_shared_disk() {
     san.hang(false);
     eventually("output", || bed.vm.sent().len() == 21);
 }
+
+/// A snapshot, say: what the guest wrote before it was paused must be on the disk that goes with it.
+#[test]
+fn r3_who_waits_for_shared_disks_finds_everything_on_them() {
+    let (mut bed, san) = bed();
+    bed.protect();
+    bed.relay.stall(true);
+    bed.vm.write_shared_disk(7, b"before");
+    std::thread::scope(|scope| {
+        let settled = scope.spawn(|| bed.primary().settle());
+        std::thread::sleep(Duration::from_millis(100));
+        assert!(!settled.is_finished());
+        bed.relay.stall(false);
+        settled.join().unwrap().unwrap();
+    });
+    assert_eq!(san.inner().flushed[7..13], *b"before");
+}

@@ -98,7 +98,11 @@ impl World {
             jumped: 0,
         });
         let core = (self.below(4) as usize + 1, self.below(3));
-        let session = Session::new(base, guest, before, clocks, self.now, core);
+        let mut session = Session::new(base, guest, before, clocks, self.now, core);
+        if self.shared {
+            session.p.core = session.p.core.with_shared_disks(self.durable);
+            session.p.writer.locked = true;
+        }
         self.add_session(session);
         self.schedule(0, Ev::Pulse(Side::Primary));
         self.schedule(ms(3), Ev::Pulse(Side::Backup));

@@ -9,6 +9,7 @@ use ft::core::ms;
 
 use crate::faults::Fault;
 use crate::guest::{BLOCKS, Guest, PAGES};
+use crate::san::San;
 use crate::session::Session;
 use crate::stream::Got;
 
@@ -39,6 +40,16 @@ pub enum Bug {
     StaleGeneration,
     /// A handover that failed names another generation than the one that was spent.
     WrongGeneration,
+    /// Changes of a shared disk are written when their epoch ends.
+    WriteBeforeCommit,
+    /// A takeover does not write what the primary may not have written.
+    ForgetSharedWrites,
+    /// The backup forgets changes that are not flushed.
+    MarkBeforeFlush,
+    /// What the guest wrote before it was protected is not flushed.
+    FirstWithoutFlush,
+    /// The backup does not wait for the lock of the shared disk.
+    TakeWithoutLock,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -57,6 +68,9 @@ pub enum Ev {
     Deadline,
     /// The guest does something.
     Guest,
+    /// The primary's writing thread looks what to do; a write reaches the shared disk.
+    Write,
+    Land,
     /// The checkpoint that was begun is taken.
     Taken,
     /// The oldest staged epoch is applied.
@@ -112,6 +126,9 @@ pub struct World {
     pub active: u64,
     /// `disk-of-both`.
     pub durable: bool,
+    /// There is a disk that both hosts see.
+    pub shared: bool,
+    pub san: San,
     /// All frames go through the real encoder and reader.
     real_wire: bool,
     pub violation: Option<String>,
@@ -137,6 +154,8 @@ impl World {
             winners: BTreeMap::new(),
             active: 0,
             durable: false,
+            shared: false,
+            san: San::default(),
             real_wire: false,
             violation: None,
             delay: 0,
@@ -147,12 +166,15 @@ impl World {
         world.delay = [ms(1) / 10, ms(2), ms(30)][world.below(3) as usize];
         world.durable = world.one_in(2);
         world.real_wire = world.one_in(16);
+        world.shared = world.one_in(2);
         world.sessions_left = [0, 0, 1, 2][world.below(4) as usize];
         let guest = Guest {
             ram: [(); PAGES].map(|()| world.random()),
             disk: [(); BLOCKS].map(|()| world.random()),
+            shared: [(); BLOCKS].map(|()| world.random()),
             state: 0,
         };
+        world.san.seen = guest.shared;
         world.begin_session(guest, 0);
         world
     }
@@ -256,7 +278,7 @@ impl World {
     fn stalled(&self, event: &Ev) -> Option<u64> {
         let side = match event {
             Ev::Arrival(side) | Ev::Pulse(side) | Ev::Answer(side, _) | Ev::Resume(side) => *side,
-            Ev::Deadline | Ev::Guest | Ev::Taken => Side::Primary,
+            Ev::Deadline | Ev::Guest | Ev::Taken | Ev::Write | Ev::Land => Side::Primary,
             Ev::Applied | Ev::Activated(_) => Side::Backup,
             Ev::Fault(fault) => fault.step_of()?,
             Ev::Ask(..) | Ev::Reprotect => return None,
@@ -333,6 +355,8 @@ impl World {
             Ev::Pulse(side) => self.pulse(side),
             Ev::Deadline => self.primary_tick(),
             Ev::Guest => self.guest_acts(),
+            Ev::Write => self.writes(),
+            Ev::Land => self.lands(),
             Ev::Taken => self.checkpoint_taken(),
             Ev::Applied => self.applied(),
             Ev::Activated(epoch) => self.activated(epoch),
