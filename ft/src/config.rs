@@ -136,6 +136,9 @@ pub struct FtLimits {
     pub precopy_mib_s: u32,
     /// RAM of the shadow that is compared with the primary's, in MiB/s, 0 to 65,536 (R6); 0 = none.
     pub audit_mib_s: u32,
+    /// Memory of the primary, in MiB, that remembers what was sent last of pages, so that of a page written again only the
+    /// changed lines of 64 bytes are sent. 0 to 65,536; 0 = pages are sent whole.
+    pub delta_cache_mib: u32,
 }
 
 impl Default for FtLimits {
@@ -149,6 +152,7 @@ impl Default for FtLimits {
             heartbeat_timeout_ms: 500,
             precopy_mib_s: 0,
             audit_mib_s: 16,
+            delta_cache_mib: 32,
         }
     }
 }
@@ -383,6 +387,9 @@ pub struct FtLimitsPatch {
     /// See [`FtLimits::audit_mib_s`].
     #[serde(skip_serializing_if = "Option::is_none")]
     pub audit_mib_s: Option<u32>,
+    /// See [`FtLimits::delta_cache_mib`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub delta_cache_mib: Option<u32>,
 }
 
 impl FtLimitsPatch {
@@ -397,6 +404,7 @@ impl FtLimitsPatch {
             heartbeat_timeout_ms: self.heartbeat_timeout_ms.unwrap_or(limits.heartbeat_timeout_ms),
             precopy_mib_s: self.precopy_mib_s.unwrap_or(limits.precopy_mib_s),
             audit_mib_s: self.audit_mib_s.unwrap_or(limits.audit_mib_s),
+            delta_cache_mib: self.delta_cache_mib.unwrap_or(limits.delta_cache_mib),
         }
     }
 }
@@ -437,6 +445,7 @@ impl FtLimits {
             120_000,
         )?;
         range("audit_mib_s", self.audit_mib_s, 0, 65_536)?;
+        range("delta_cache_mib", self.delta_cache_mib, 0, 65_536)?;
         Ok(())
     }
 }

@@ -239,9 +239,9 @@ pub struct Takeover {
 pub trait Shadow: Send {
     /// What this shadow is; FT refuses the pairing and names every difference to the offered identity.
     fn identity(&self) -> Identity;
-    /// Writes RAM; the range was checked against [`Identity::memory`]. Whole pages.
+    /// Writes RAM; the range was checked against [`Identity::memory`]. Whole lines ([`crate::wire::lines::LINE`]).
     fn write_memory(&mut self, gpa: u64, data: &[u8]) -> Result<(), MachineError>;
-    /// Reads RAM (audit, delta decoding).
+    /// Reads RAM (audit).
     fn read_memory(&self, gpa: u64, buf: &mut [u8]) -> Result<(), MachineError>;
     /// Applies a committed change to the backup's own copy of a disk. Of shared disks, what is there can be checked at any
     /// time; they are changed only after [`Shadow::claim_disks`].

@@ -200,6 +200,7 @@ fn a_lower_bound_does_not_condemn_what_is_on_its_way() {
             id: "_disk0".into(),
             size: 1 << 20,
             readonly: false,
+            shared: None,
         }],
         nics: 0,
     };

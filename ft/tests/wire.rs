@@ -8,6 +8,7 @@ use ft::core::staging::Staging;
 use ft::machine::{DiskChange, DiskIdentity, Identity, Input, Output, PAGE_SIZE, PageRun, Refusal, SharedDisk};
 use ft::wire::frame::{EndMarker, Frame, OutFrame, encode};
 use ft::wire::hello::Hello;
+use ft::wire::lines::PageLines;
 use ft::wire::reader::{FrameReader, ReadError};
 use ft::wire::{DecodeError, MAX_PAYLOAD, MAX_PIECE, header};
 use proptest::collection::vec;
@@ -111,7 +112,7 @@ fn output() -> impl Strategy<Value = Output> {
 }
 
 fn marker() -> impl Strategy<Value = EndMarker> {
-    vec(any::<u64>(), 9).prop_map(|n| EndMarker {
+    vec(any::<u64>(), 10).prop_map(|n| EndMarker {
         epoch: n[0],
         pages: n[1],
         zero_pages: n[2],
@@ -121,6 +122,7 @@ fn marker() -> impl Strategy<Value = EndMarker> {
         state_len: n[6],
         age_ns: n[7],
         audited: n[8],
+        line_pages: n[9],
     })
 }
 
@@ -161,6 +163,12 @@ fn frame() -> impl Strategy<Value = Frame> {
             }
         }),
         (any::<u64>(), runs(1 << 20)).prop_map(|(epoch, runs)| Frame::ZeroPages { epoch, runs }),
+        (any::<u64>(), vec((0u64..1 << 40, 1u64..), 1..20), any::<u8>()).prop_map(|(epoch, pages, fill)| {
+            let page = |(page, mask)| PageLines { gpa: page * 4096, mask };
+            let pages: Vec<PageLines> = pages.into_iter().map(page).collect();
+            let data = vec![fill; pages.iter().map(|page| page.len()).sum()];
+            Frame::Lines { epoch, pages, data }
+        }),
         (any::<u64>(), any::<u16>(), change()).prop_map(|(epoch, disk, change)| Frame::Disk { epoch, disk, change }),
         (any::<u64>(), any::<u16>(), vec(any::<u8>(), 0..2000)).prop_map(|(epoch, nic, data)| Frame::Input {
             epoch,
@@ -253,6 +261,7 @@ proptest! {
             let taken = match frame {
                 Frame::Pages { runs, data, .. } => staging.pages(one, runs, data).is_ok(),
                 Frame::ZeroPages { runs, .. } => staging.zero_pages(one, &runs).is_ok(),
+                Frame::Lines { pages, data, .. } => staging.lines(one, pages, data).is_ok(),
                 Frame::Disk { disk, change, .. } => {
                     let size = if let DiskChange::Write { data, .. } = &change { data.len() } else { 0 };
                     let (disk, check) = (disk % 3, matches!(change, DiskChange::Check { .. }));

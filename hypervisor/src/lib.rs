@@ -176,11 +176,13 @@ pub trait Vcpu: Send {
     fn set_cpuid(&mut self, entries: &[CpuIdEntry]) -> Result<()>;
     /// Sets registers for a direct boot; see [`BootRegisters`].
     fn set_boot_registers(&mut self, regs: &BootRegisters) -> Result<()>;
-    /// Reads the part of the state that nothing but the vCPU's own running changes, to make the next [`Vcpu::state`]
-    /// shorter. Forgotten when the vCPU runs or gets another state.
+    /// Reads the complete state ahead, for [`Vcpu::state`]. By the vCPU's own thread, after [`VcpuExit::Interrupted`],
+    /// and when nothing outside changes the vCPU's interrupts any more: no other vCPU is in the guest, devices are held.
+    /// Forgotten when the vCPU runs or gets another state.
     fn presave(&mut self) -> Result<()>;
-    /// Complete state. Must not be called while the vCPU runs or has an I/O instruction pending.
-    fn state(&mut self) -> Result<VcpuState>;
+    /// Complete state. Must not be called while the vCPU runs or has an I/O instruction pending. With `presaved` the one
+    /// that was read ahead, if there is one; without, that one is forgotten.
+    fn state(&mut self, presaved: bool) -> Result<VcpuState>;
     /// Restores a complete state. The guest's TSC goes on at its saved value plus `advance_ns` nanoseconds (by offset,
     /// the same for all vCPUs whose states have the same `tsc` and that are restored with the same `host_tsc_base`), so that time moves on over a failover.
     fn set_state(&mut self, state: &VcpuState, advance_ns: u64, host_tsc_base: u64) -> Result<()>;

@@ -244,7 +244,7 @@ fn state_moves_to_another_vcpu() {
     kicker.kick();
     assert!(matches!(first.vcpu.run().unwrap(), VcpuExit::Interrupted));
     kicker.clear();
-    let state = first.vcpu.state().unwrap();
+    let state = first.vcpu.state(false).unwrap();
     assert_eq!(
         (state.regs.rcx, state.regs.rdi),
         (0, FIRST_PAGE + u64::from(PAGES) * PAGE_SIZE)
@@ -259,7 +259,7 @@ fn state_moves_to_another_vcpu() {
     let kicker = second.vcpu.kicker();
     kicker.kick();
     assert!(matches!(second.vcpu.run().unwrap(), VcpuExit::Interrupted));
-    let moved = second.vcpu.state().unwrap();
+    let moved = second.vcpu.state(false).unwrap();
     assert_eq!((moved.regs.rcx, moved.regs.rdi), (state.regs.rcx, state.regs.rdi));
     assert!(moved.tsc >= state.tsc, "time does not go back");
     let mut newer = state.clone();

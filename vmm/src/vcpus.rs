@@ -3,10 +3,14 @@
 //! Each vCPU has a thread that holds the vCPU's mutex while the guest runs and gives it back while it is parked; whoever
 //! pauses the VM may then take the mutex to save or load state. Lock order: `Shared::control`, never while holding a
 //! vCPU. A parked thread waits on a condition variable; a kick gets a running one out of the guest.
+//!
+//! For a checkpoint each thread reads its vCPU's state itself, all at the same time, once all vCPUs are out of the guest
+//! (none can send another an interrupt that the state of neither would have).
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use devices::bus::Bus;
 use devices::ioapic::Ioapic;
@@ -76,8 +80,30 @@ struct Shared {
     control: Mutex<Control>,
     /// Whoever parks the vCPUs will save their states. Set before they are kicked.
     save: AtomicBool,
-    /// Signalled when `target` or `parked` changes.
+    /// vCPUs that are in the guest, or on their way there.
+    inside: AtomicUsize,
+    /// Signalled when `target` changes.
     changed: Condvar,
+    /// Signalled when all are parked, or one ends.
+    all_parked: Condvar,
+}
+
+/// Longest wait of a vCPU thread for the other vCPUs to leave the guest. Beyond it one is busy with a long access to a
+/// device; then the states are read by whoever asks for them.
+const ALL_OUT: Duration = Duration::from_millis(2);
+
+impl Shared {
+    /// Waits until no vCPU is in the guest. They are on their way out, so this is short and not worth a sleep.
+    fn all_out(&self) -> bool {
+        let began = Instant::now();
+        while self.inside.load(Ordering::SeqCst) > 0 {
+            if began.elapsed() > ALL_OUT {
+                return false;
+            }
+            std::thread::yield_now();
+        }
+        true
+    }
 }
 
 /// All vCPUs of a VM. Made parked.
@@ -100,7 +126,9 @@ impl Vcpus {
                 kickers: Vec::with_capacity(vcpus.len()),
             }),
             save: AtomicBool::new(false),
+            inside: AtomicUsize::new(0),
             changed: Condvar::new(),
+            all_parked: Condvar::new(),
         });
         let this = Self {
             vcpus,
@@ -134,7 +162,7 @@ impl Vcpus {
     }
 
     /// Gets every vCPU out of the guest and waits until all are parked; their I/O instructions are complete. With `save`
-    /// each thread reads what it can of its vCPU's state, in parallel, so that [`Vcpus::states`] takes less time.
+    /// each thread reads its vCPU's state, in parallel, for [`Vcpus::states`]; devices must be held then.
     pub fn pause(&self, save: bool) {
         let mut control = lock(&self.shared.control);
         if control.target == Target::Run {
@@ -154,7 +182,7 @@ impl Vcpus {
         while control.parked < control.running {
             control = self
                 .shared
-                .changed
+                .all_parked
                 .wait(control)
                 .unwrap_or_else(PoisonError::into_inner);
         }
@@ -169,11 +197,12 @@ impl Vcpus {
         }
     }
 
-    /// States of all vCPUs; only while paused. Their time stamp counters are all as of the moment of the first.
-    pub fn states(&self) -> Result<Vec<VcpuState>, Error> {
+    /// States of all vCPUs; only while paused. Their time stamp counters are all as of the moment of the first. With
+    /// `presaved` those that the last pause read; nothing may have reached the vCPUs since.
+    pub fn states(&self, presaved: bool) -> Result<Vec<VcpuState>, Error> {
         let mut states = Vec::with_capacity(self.vcpus.len());
         for (i, vcpu) in self.vcpus.iter().enumerate() {
-            states.push(lock(vcpu).state().map_err(|e| Error::Vcpu(i, e))?);
+            states.push(lock(vcpu).state(presaved).map_err(|e| Error::Vcpu(i, e))?);
         }
         if let Some(moment) = states.first().map(|s| s.host_tsc) {
             for state in &mut states {
@@ -249,7 +278,9 @@ fn wait_for_run(shared: &Shared, kicker: &dyn VcpuKicker) -> bool {
                 if !counted {
                     counted = true;
                     control.parked += 1;
-                    shared.changed.notify_all();
+                    if control.parked == control.running {
+                        shared.all_parked.notify_all();
+                    }
                 }
                 control = shared.changed.wait(control).unwrap_or_else(PoisonError::into_inner);
             }
@@ -271,9 +302,11 @@ fn vcpu_thread(index: usize, vcpu: &Mutex<Box<dyn Vcpu>>, shared: &Shared, exits
         let loads = lock(&shared.control).loads;
         if fallen != Some(loads) {
             let mut held = lock(vcpu);
+            shared.inside.fetch_add(1, Ordering::SeqCst);
             let outcome = run_until_kicked(held.as_mut(), exits);
+            shared.inside.fetch_sub(1, Ordering::SeqCst);
             match &outcome {
-                Ok(Left::Kicked) if shared.save.load(Ordering::SeqCst) => {
+                Ok(Left::Kicked) if shared.save.load(Ordering::SeqCst) && shared.all_out() => {
                     if let Err(e) = held.presave() {
                         log::debug!("vCPU {index}: its state is not read ahead: {e}");
                     }
@@ -296,7 +329,7 @@ fn vcpu_thread(index: usize, vcpu: &Mutex<Box<dyn Vcpu>>, shared: &Shared, exits
     }
     let mut control = lock(&shared.control);
     control.running -= 1;
-    shared.changed.notify_all();
+    shared.all_parked.notify_all();
 }
 
 /// Why a vCPU left its run loop.
@@ -308,7 +341,7 @@ enum Left {
 
 /// Tells where the guest was, for whoever looks for the fault in it.
 fn log_triple_fault(index: usize, vcpu: &mut dyn Vcpu) {
-    match vcpu.state() {
+    match vcpu.state(false) {
         Ok(s) => log::warn!(
             "vCPU {index}: triple fault, the VM is reset; rip {:#x}, rsp {:#x}, cr2 {:#x}, cr3 {:#x}, events {:?}",
             s.regs.rip,

@@ -146,6 +146,8 @@ impl MachineSignals for Signals {
 
 struct Run {
     holders: u8,
+    /// Since the vCPUs were parked their states are those that were read then.
+    presaved: bool,
 }
 
 /// Dirty rings where this host has them; the largest, since a full one costs an exit.
@@ -238,7 +240,7 @@ impl Vm {
             events: signals.clone(),
         };
         let vcpus = Vcpus::start(vcpus, &exits)?;
-        let power_on = vcpus.states()?;
+        let power_on = vcpus.states(false)?;
         Ok(Arc::new(Self {
             config,
             uuid: uuid.unwrap_or_else(|| uuid::Uuid::new_v4().to_string()),
@@ -250,6 +252,7 @@ impl Vm {
             ram,
             run: Mutex::new(Run {
                 holders: Holder::User as u8,
+                presaved: false,
             }),
             released: Condvar::new(),
             user_paused: AtomicBool::new(true),
@@ -326,11 +329,13 @@ impl Vm {
         if holder == Holder::User {
             self.user_paused.store(true, Ordering::SeqCst);
         }
-        if before == 0 {
-            self.vcpus.pause(holder == Holder::Ft);
-        }
+        // Devices first: what the vCPUs' threads then read of their vCPUs is not changed by an interrupt any more.
         if before & !(Holder::Throttle as u8) == 0 {
             self.devices.pause();
+        }
+        if before == 0 {
+            run.presaved = holder == Holder::Ft;
+            self.vcpus.pause(run.presaved);
         }
     }
 
@@ -347,6 +352,7 @@ impl Vm {
     fn unhold(&self, run: &mut Run, holder: Holder) {
         let before = run.holders;
         run.holders &= !(holder as u8);
+        run.presaved = false;
         if before & !(Holder::Throttle as u8) != 0 && run.holders & !(Holder::Throttle as u8) == 0 {
             self.devices.resume();
         }
@@ -418,7 +424,8 @@ impl Vm {
             what: "read kvmclock",
             source,
         })?;
-        let mut state = self.devices.save(self.vcpus.states()?, clock);
+        let presaved = lock(&self.run).presaved;
+        let mut state = self.devices.save(self.vcpus.states(presaved)?, clock);
         (state.request, state.paused) = (self.asked(), self.is_user_paused());
         Ok(state)
     }

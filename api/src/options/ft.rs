@@ -15,6 +15,7 @@ pub const LIMITS: &[&str] = &[
     "heartbeat_timeout_ms",
     "precopy_mib_s",
     "audit_mib_s",
+    "delta_cache_mib",
 ];
 
 /// `--ft-receive listen=tcp:HOST:PORT,arbiter=ARBITER,tls=DIR,tls_peer=NAME,insecure=on`
@@ -90,6 +91,7 @@ pub fn limits<S: AsRef<str>>(settings: &[S]) -> Result<FtLimitsPatch, OptionErro
         heartbeat_timeout_ms: options.take("heartbeat_timeout_ms")?,
         precopy_mib_s: options.take("precopy_mib_s")?,
         audit_mib_s: options.take("audit_mib_s")?,
+        delta_cache_mib: options.take("delta_cache_mib")?,
     })
 }
 

@@ -29,10 +29,35 @@ pub(super) struct Checkpoint {
     pub(super) outputs: Vec<Output>,
     /// Changes of shared disks, in order.
     pub(super) shared: Vec<(u16, DiskChange)>,
+    /// Bytes of outputs and changes.
+    pub(super) kept: u64,
     /// When its end marker came.
     pub(super) came: Nanos,
     /// Its age then.
     pub(super) age: Nanos,
+}
+
+impl Checkpoint {
+    /// Of the epoch that was staged at `came`, with its changes of shared disks.
+    pub(super) fn new(epoch: u64, staged: &mut StagedEpoch, shared: Vec<(u16, DiskChange)>, came: Nanos) -> Self {
+        let outputs = std::mem::take(&mut staged.outputs);
+        let held = |output: &Output| match output {
+            Output::Frame { data, .. } | Output::Console { data, .. } => data.len() as u64,
+        };
+        let change = |(_, change): &(u16, DiskChange)| match change {
+            DiskChange::Write { data, .. } => ENTRY + data.len() as u64,
+            _ => ENTRY,
+        };
+        Self {
+            epoch,
+            kept: outputs.iter().map(held).sum::<u64>() + shared.iter().map(change).sum::<u64>(),
+            state: std::mem::take(&mut staged.state),
+            outputs,
+            shared,
+            came,
+            age: staged.age_ns,
+        }
+    }
 }
 
 /// What activation gets of them.
@@ -67,16 +92,9 @@ impl Checkpoints {
         self.0.push_back(checkpoint);
     }
 
-    /// Bytes of the outputs that may not have left.
+    /// Bytes of what the primary may not have let go of.
     pub(super) fn kept_bytes(&self) -> u64 {
-        let outputs = self.0.iter().flat_map(|checkpoint| &checkpoint.outputs);
-        let data = outputs.map(|(Output::Frame { data, .. } | Output::Console { data, .. })| data.len() as u64);
-        let changes = self.0.iter().flat_map(|checkpoint| &checkpoint.shared);
-        let bytes = changes.map(|(_, change)| match change {
-            DiskChange::Write { data, .. } => ENTRY + data.len() as u64,
-            _ => ENTRY,
-        });
-        data.sum::<u64>() + bytes.sum::<u64>()
+        self.0.iter().map(|checkpoint| checkpoint.kept).sum()
     }
 
     /// What a takeover at the end of `epoch` needs; outputs and changes after `released`.
@@ -112,6 +130,13 @@ fn apply(session: &Session, shadow: &mut dyn Shadow, epoch: u64, staged: &Staged
         }
     }
     write_zeroes(shadow, &staged.zero)?;
+    for (pages, data) in &staged.lines {
+        let mut at = 0;
+        for (address, len) in pages.iter().flat_map(|page| page.runs()) {
+            shadow.write_memory(address, &data[at..at + len])?;
+            at += len;
+        }
+    }
     for (disk, change) in &staged.disk {
         if session.on_disk() || *change != DiskChange::Flush {
             shadow.apply_disk(*disk, change)?;
@@ -239,34 +264,29 @@ fn claim(session: &Session, shadow: &mut dyn Shadow) -> Result<(), MachineError>
 mod tests {
     use super::*;
 
-    fn checkpoint(epoch: u64) -> Checkpoint {
-        let outputs = vec![Output::Console {
-            console: 0,
-            data: vec![epoch as u8],
-        }];
-        Checkpoint {
-            epoch,
-            state: vec![epoch as u8],
-            outputs,
-            shared: vec![(0, DiskChange::Flush)],
-            came: epoch * 100,
-            age: 7,
-        }
+    fn checkpoint(epoch: u64, shared: bool) -> Checkpoint {
+        let data = vec![epoch as u8];
+        let mut staged = StagedEpoch::default();
+        staged
+            .outputs
+            .extend(shared.then_some(Output::Console { console: 0, data }));
+        (staged.state, staged.age_ns) = (vec![epoch as u8], 7);
+        let changes = if shared {
+            vec![(0, DiskChange::Flush)]
+        } else {
+            Vec::new()
+        };
+        Checkpoint::new(epoch, &mut staged, changes, epoch * 100)
     }
 
     #[test]
     fn what_a_primary_never_releases_is_counted_and_epochs_without_outputs_are_not_kept() {
         let mut checkpoints = Checkpoints::default();
         for epoch in 1..=100 {
-            let mut checkpoint = checkpoint(epoch);
-            if epoch % 10 != 0 {
-                checkpoint.outputs.clear();
-                checkpoint.shared.clear();
-            }
-            checkpoints.push(checkpoint, 0);
+            checkpoints.push(checkpoint(epoch, epoch % 10 == 0), 0);
         }
         assert_eq!((checkpoints.0.len(), checkpoints.kept_bytes()), (10, 10 * (1 + ENTRY)));
-        checkpoints.push(checkpoint(101), 100);
+        checkpoints.push(checkpoint(101, true), 100);
         assert_eq!(checkpoints.kept_bytes(), 1 + ENTRY);
         assert!(checkpoints.take(101, 100, 0).is_some());
     }
@@ -275,7 +295,7 @@ mod tests {
     fn a_takeover_gets_the_last_state_and_the_outputs_that_may_not_have_left() {
         let mut checkpoints = Checkpoints::default();
         for epoch in 1..=4 {
-            checkpoints.push(checkpoint(epoch), epoch.saturating_sub(3));
+            checkpoints.push(checkpoint(epoch, true), epoch.saturating_sub(3));
         }
         assert_eq!(checkpoints.0.iter().filter(|c| !c.state.is_empty()).count(), 1);
         let taken = checkpoints.take(4, 3, 450).unwrap();

@@ -18,7 +18,7 @@ use crate::core::backup::{Action, BackupState, Event, FromPrimary, ToPrimary};
 use crate::core::ms;
 use crate::core::staging::Staging;
 use crate::event::{EventSink, Status, announce};
-use crate::machine::{DiskChange, MachineError, PAGE_SIZE, Shadow};
+use crate::machine::{MachineError, PAGE_SIZE, Shadow};
 use crate::outbox::{Clock, Outbox, Stamp};
 use crate::primary::session::{answer_of, lock};
 use crate::transport::Stream;
@@ -227,23 +227,9 @@ impl Session {
         let Some(mut staged) = lock(&self.staging).take(epoch) else {
             return;
         };
-        let (state, outputs) = (std::mem::take(&mut staged.state), std::mem::take(&mut staged.outputs));
         // The primary writes them to shared disks itself, unless it is lost before it said that it did.
-        let shared = {
-            let staging = lock(&self.staging);
-            let kept = |(disk, change): &mut (u16, DiskChange)| {
-                staging.is_shared(*disk) && !matches!(change, DiskChange::Check { .. })
-            };
-            staged.disk.extract_if(.., kept).collect()
-        };
-        let checkpoint = Checkpoint {
-            epoch,
-            state,
-            outputs,
-            shared,
-            came: self.clock.now(),
-            age: staged.age_ns,
-        };
+        let shared = lock(&self.staging).take_shared(&mut staged);
+        let checkpoint = Checkpoint::new(epoch, &mut staged, shared, self.clock.now());
         lock(&self.checkpoints).push(checkpoint, self.released());
         self.job(Job::Apply(epoch, Box::new(staged)));
     }
@@ -343,10 +329,9 @@ impl Session {
             }
             Frame::Pages { epoch, runs, data } => staging.pages(epoch, runs, data),
             Frame::ZeroPages { epoch, runs } => staging.zero_pages(epoch, &runs),
+            Frame::Lines { epoch, pages, data } => staging.lines(epoch, pages, data),
             Frame::Disk { epoch, disk, change } => {
-                if staging.is_shared(disk) {
-                    self.check_kept(&staging)?;
-                }
+                self.check_kept(&staging)?;
                 staging.disk(epoch, disk, change)
             }
             Frame::Input { epoch, input } => staging.input(epoch, input),

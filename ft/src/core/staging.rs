@@ -10,6 +10,7 @@ use thiserror::Error;
 use crate::audit::PageSum;
 use crate::machine::{DiskChange, Identity, Input, Output, PAGE_SIZE, PageRun};
 use crate::wire::frame::EndMarker;
+use crate::wire::lines::PageLines;
 
 /// Largest saved state.
 const MAX_STATE: u64 = 64 << 20;
@@ -83,6 +84,8 @@ pub struct StagedEpoch {
     pub pages: Vec<(Vec<PageRun>, Vec<u8>)>,
     /// Zero pages.
     pub zero: Vec<PageRun>,
+    /// Changed lines of pages.
+    pub lines: Vec<(Vec<PageLines>, Vec<u8>)>,
     /// Changes of disks, in order.
     pub disk: Vec<(u16, DiskChange)>,
     /// Inputs, in order.
@@ -98,6 +101,8 @@ pub struct StagedEpoch {
     flushes: bool,
     page_count: u64,
     zero_count: u64,
+    line_count: u64,
+    line_bytes: u64,
     output_count: u64,
     log_bytes: u64,
 }
@@ -105,7 +110,7 @@ pub struct StagedEpoch {
 impl StagedEpoch {
     /// Bytes that it takes here.
     pub fn bytes(&self) -> u64 {
-        self.page_count * PAGE_SIZE as u64 + self.log_bytes + self.state.len() as u64
+        self.page_count * PAGE_SIZE as u64 + self.line_bytes + self.log_bytes + self.state.len() as u64
     }
 }
 
@@ -199,19 +204,22 @@ impl Staging {
         Ok(self.epochs.entry(epoch).or_default())
     }
 
-    fn count_pages(&mut self, epoch: u64, count: u64, zero: bool) -> Result<(), StagingError> {
+    /// Counts pages by means of `counter`.
+    fn count_pages(
+        &mut self,
+        epoch: u64,
+        count: u64,
+        counter: impl FnOnce(&mut StagedEpoch) -> &mut u64,
+    ) -> Result<&mut StagedEpoch, StagingError> {
         let limit = self.pages_limit;
         let staged = self.epoch(epoch)?;
-        let counter = if zero {
-            &mut staged.zero_count
-        } else {
-            &mut staged.page_count
-        };
-        *counter = counter.saturating_add(count);
-        if staged.zero_count.saturating_add(staged.page_count) > limit {
+        let counted = counter(staged);
+        *counted = counted.saturating_add(count);
+        let all = staged.zero_count.saturating_add(staged.page_count);
+        if all.saturating_add(staged.line_count) > limit {
             return Err(StagingError::TooMuch { epoch, what: "pages" });
         }
-        Ok(())
+        Ok(staged)
     }
 
     fn count_log(&mut self, epoch: u64, bytes: usize) -> Result<&mut StagedEpoch, StagingError> {
@@ -227,16 +235,29 @@ impl Staging {
     /// Pages with content.
     pub fn pages(&mut self, epoch: u64, runs: Vec<PageRun>, data: Vec<u8>) -> Result<(), StagingError> {
         self.check_pages(&runs)?;
-        self.count_pages(epoch, runs.iter().map(|run| run.count).sum(), false)?;
-        self.epoch(epoch)?.pages.push((runs, data));
+        let count = runs.iter().map(|run| run.count).sum();
+        let staged = self.count_pages(epoch, count, |staged| &mut staged.page_count)?;
+        staged.pages.push((runs, data));
         Ok(())
     }
 
     /// Zero pages.
     pub fn zero_pages(&mut self, epoch: u64, runs: &[PageRun]) -> Result<(), StagingError> {
         self.check_pages(runs)?;
-        self.count_pages(epoch, runs.iter().map(|run| run.count).sum(), true)?;
-        self.epoch(epoch)?.zero.extend_from_slice(runs);
+        let count = runs.iter().map(|run| run.count).sum();
+        let staged = self.count_pages(epoch, count, |staged| &mut staged.zero_count)?;
+        staged.zero.extend_from_slice(runs);
+        Ok(())
+    }
+
+    /// Changed lines of pages.
+    pub fn lines(&mut self, epoch: u64, pages: Vec<PageLines>, data: Vec<u8>) -> Result<(), StagingError> {
+        for PageLines { gpa, .. } in &pages {
+            self.check_pages(&[PageRun { gpa: *gpa, count: 1 }])?;
+        }
+        let staged = self.count_pages(epoch, pages.len() as u64, |staged| &mut staged.line_count)?;
+        staged.line_bytes += data.len() as u64;
+        staged.lines.push((pages, data));
         Ok(())
     }
 
@@ -328,6 +349,7 @@ impl Staging {
         for (what, found, expected) in [
             ("pages", staged.page_count, marker.pages),
             ("zero pages", staged.zero_count, marker.zero_pages),
+            ("pages of changed lines", staged.line_count, marker.line_pages),
             ("disk changes", staged.disk.len() as u64, marker.disk),
             ("inputs", staged.inputs.len() as u64, marker.inputs),
             ("outputs", staged.output_count, marker.outputs),
@@ -361,6 +383,14 @@ impl Staging {
         } else {
             self.epochs.remove(&epoch)
         }
+    }
+
+    /// Takes the changes of shared disks out of an epoch that was taken.
+    pub fn take_shared(&self, staged: &mut StagedEpoch) -> Vec<(u16, DiskChange)> {
+        let change = |(disk, change): &mut (u16, DiskChange)| {
+            self.is_shared(*disk) && !matches!(change, DiskChange::Check { .. })
+        };
+        staged.disk.extract_if(.., change).collect()
     }
 
     /// The inputs of all epochs after `epoch`, in order: to be given to the guest again (R8). Everything else of them

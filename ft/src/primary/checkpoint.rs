@@ -136,9 +136,10 @@ impl Controller {
             }
             Ok::<(), io::Error>(())
         };
+        self.encoder.sent.resize(lock(&session.limits).delta_cache_mib);
         let (runs, content) = self.stage.content();
         let encoded = self.encoder.encode(marker.epoch, runs, content, false, &mut write)?;
-        (marker.pages, marker.zero_pages) = (encoded.pages, encoded.zero_pages);
+        (marker.pages, marker.zero_pages, marker.line_pages) = (encoded.pages, encoded.zero_pages, encoded.line_pages);
         marker.age_ns = taken.elapsed().min(Duration::from_secs(3600)).as_nanos() as u64;
         burst.extend(encode(&Frame::End(marker)));
         let telling = {

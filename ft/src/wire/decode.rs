@@ -6,6 +6,7 @@ use serde::de::DeserializeOwned;
 use super::frame::{
     DISK_CHECK, DISK_FLUSH, DISK_UNMAP, DISK_WRITE, DISK_ZERO, Frame, Kind, OUTPUT_CONSOLE, OUTPUT_FRAME,
 };
+use super::lines::PageLines;
 use super::{DecodeError, MAX_PAYLOAD, MAX_PIECE, header};
 use crate::audit::PageSum;
 use crate::config::FtLimits;
@@ -92,6 +93,58 @@ fn tail(mut payload: Vec<u8>, used: usize) -> Vec<u8> {
     payload
 }
 
+/// The last `packed` bytes of `payload`, unpacked where they are compressed: `size` bytes, else it is an error.
+fn content(
+    kind: &'static str,
+    flags: u8,
+    payload: Vec<u8>,
+    packed: usize,
+    size: usize,
+) -> Result<Vec<u8>, DecodeError> {
+    let used = payload.len() - packed;
+    let data = if flags & header::FLAG_LZ4 == 0 {
+        tail(payload, used)
+    } else {
+        let mut data = vec![0; size];
+        match lz4_flex::block::decompress_into(&payload[used..], &mut data) {
+            Ok(n) if n == size => data,
+            _ => return Err(bad(kind, "cannot be decompressed")),
+        }
+    };
+    if data.len() != size {
+        return Err(bad(kind, "has another length than it says"));
+    }
+    Ok(data)
+}
+
+fn lines(flags: u8, payload: Vec<u8>) -> Result<Frame, DecodeError> {
+    let kind = "lines";
+    let mut prefix = Prefix { kind, rest: &payload };
+    let (epoch, count) = (prefix.u64()?, prefix.u32()? as usize);
+    if count == 0 || count > prefix.rest.len() / 16 {
+        return Err(bad(kind, "has fewer pages than it says, or none"));
+    }
+    let mut pages = Vec::with_capacity(count);
+    let mut size = 0;
+    for _ in 0..count {
+        let page = PageLines {
+            gpa: prefix.u64()?,
+            mask: prefix.u64()?,
+        };
+        if !page.gpa.is_multiple_of(PAGE_SIZE as u64) || page.mask == 0 {
+            return Err(bad(kind, "has an address that is no page's, or no line"));
+        }
+        size += page.len();
+        pages.push(page);
+    }
+    if size > MAX_PAYLOAD {
+        return Err(bad(kind, "has too many lines"));
+    }
+    let packed = prefix.rest.len();
+    let data = content(kind, flags, payload, packed, size)?;
+    Ok(Frame::Lines { epoch, pages, data })
+}
+
 fn pages(flags: u8, payload: Vec<u8>) -> Result<Frame, DecodeError> {
     let kind = "pages";
     let mut prefix = Prefix { kind, rest: &payload };
@@ -104,20 +157,7 @@ fn pages(flags: u8, payload: Vec<u8>) -> Result<Frame, DecodeError> {
     if size == 0 || size > MAX_PAYLOAD as u64 {
         return Err(bad(kind, "has no pages, or too many"));
     }
-    let size = size as usize;
-    let data = if flags & header::FLAG_LZ4 == 0 {
-        let used = payload.len() - packed;
-        tail(payload, used)
-    } else {
-        let mut data = vec![0; size];
-        match lz4_flex::block::decompress_into(prefix.rest, &mut data) {
-            Ok(n) if n == size => data,
-            _ => return Err(bad(kind, "cannot be decompressed")),
-        }
-    };
-    if data.len() != size {
-        return Err(bad(kind, "has another length than its runs"));
-    }
+    let data = content(kind, flags, payload, packed, size as usize)?;
     Ok(Frame::Pages { epoch, runs, data })
 }
 
@@ -219,7 +259,7 @@ fn audit(payload: &[u8]) -> Result<Frame, DecodeError> {
 /// Decodes a payload.
 pub fn decode(kind: u8, flags: u8, payload: Vec<u8>) -> Result<Frame, DecodeError> {
     let known = Kind::from_byte(kind).ok_or(DecodeError::Kind(kind))?;
-    if flags & !header::FLAG_LZ4 != 0 || (flags != 0 && known != Kind::Pages) {
+    if flags & !header::FLAG_LZ4 != 0 || (flags != 0 && !matches!(known, Kind::Pages | Kind::Lines)) {
         return Err(bad("any", "has unknown flags"));
     }
     let empty = |frame: Frame| {
@@ -243,6 +283,7 @@ pub fn decode(kind: u8, flags: u8, payload: Vec<u8>) -> Result<Frame, DecodeErro
         Kind::Accept => owned("accept", &payload).map(Frame::Accept),
         Kind::Refuse => owned("refuse", &payload).map(Frame::Refuse),
         Kind::Pages => pages(flags, payload),
+        Kind::Lines => lines(flags, payload),
         Kind::ZeroPages => {
             let mut prefix = Prefix {
                 kind: "zero pages",

@@ -8,6 +8,7 @@ use std::borrow::Cow;
 use serde::{Deserialize, Serialize};
 
 use super::hello::Hello;
+use super::lines::PageLines;
 use super::{MAX_PIECE, header};
 use crate::audit::PageSum;
 use crate::config::FtLimits;
@@ -57,13 +58,15 @@ pub enum Kind {
     Limits = 19,
     /// Checksums of pages that the epoch leaves as they were.
     Audit = 20,
+    /// Changed lines of RAM pages.
+    Lines = 21,
 }
 
 impl Kind {
     /// From the header.
     pub fn from_byte(byte: u8) -> Option<Self> {
         use Kind::*;
-        const ALL: [Kind; 20] = [
+        const ALL: [Kind; 21] = [
             Heartbeat,
             Hello,
             Accept,
@@ -84,6 +87,7 @@ impl Kind {
             Bye,
             Limits,
             Audit,
+            Lines,
         ];
         ALL.into_iter().find(|kind| *kind as u8 == byte)
     }
@@ -98,6 +102,8 @@ pub struct EndMarker {
     pub pages: u64,
     /// Pages that are zero.
     pub zero_pages: u64,
+    /// Pages of which some lines come.
+    pub line_pages: u64,
     /// Disk changes (pieces).
     pub disk: u64,
     /// Inputs.
@@ -138,6 +144,15 @@ pub enum Frame {
         epoch: u64,
         /// Which.
         runs: Vec<PageRun>,
+    },
+    /// Lines of RAM pages that changed since the page was sent last.
+    Lines {
+        /// Epoch.
+        epoch: u64,
+        /// Which, in the order of `data`.
+        pages: Vec<PageLines>,
+        /// Their content.
+        data: Vec<u8>,
     },
     /// A change of a disk. Epoch 0: pre-copy.
     Disk {
@@ -267,6 +282,19 @@ impl<'a> OutFrame<'a> {
     pub fn pages(epoch: u64, runs: &[PageRun], body: Cow<'a, [u8]>, lz4: bool) -> Self {
         let flags = if lz4 { header::FLAG_LZ4 } else { 0 };
         Self::new(Kind::Pages, flags, run_list(epoch, runs), body)
+    }
+
+    /// Changed lines of pages; `body` as in [`OutFrame::pages`].
+    pub fn lines(epoch: u64, pages: &[PageLines], body: Cow<'a, [u8]>, lz4: bool) -> Self {
+        let flags = if lz4 { header::FLAG_LZ4 } else { 0 };
+        let mut head = Vec::with_capacity(12 + 16 * pages.len());
+        head.extend_from_slice(&epoch.to_le_bytes());
+        head.extend_from_slice(&(pages.len() as u32).to_le_bytes());
+        for page in pages {
+            head.extend_from_slice(&page.gpa.to_le_bytes());
+            head.extend_from_slice(&page.mask.to_le_bytes());
+        }
+        Self::new(Kind::Lines, flags, head, body)
     }
 }
 
@@ -406,6 +434,7 @@ pub fn encode(frame: &Frame) -> Vec<OutFrame<'static>> {
             Cow::Owned(data.clone()),
         )),
         Frame::ZeroPages { epoch, runs } => one(zero_pages(*epoch, runs)),
+        Frame::Lines { epoch, pages, data } => one(OutFrame::lines(*epoch, pages, Cow::Owned(data.clone()), false)),
         Frame::Disk { epoch, disk, change } => disk_change(*epoch, *disk, change.clone()),
         Frame::Input {
             epoch,

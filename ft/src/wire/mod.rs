@@ -6,7 +6,8 @@
 //! * [`header`]: the header; [`frame`]: what frames say, and their payloads' encoding; [`decode`]: the way back;
 //! * [`hello`]: what both sides tell each other first;
 //! * [`reader`]: frames from a byte stream;
-//! * [`pages`]: batches of RAM pages: zero pages left out, the rest compressed where that pays.
+//! * [`pages`]: batches of RAM pages: zero pages and unchanged lines left out, the rest compressed where that pays;
+//!   [`lines`], [`sent`]: lines that changed since a page was sent last.
 //!
 //! Everything that a peer can make us allocate is bounded: a frame by [`MAX_PAYLOAD`], an epoch by the staging area's
 //! limits ([`crate::core::staging`]).
@@ -15,13 +16,15 @@ pub mod decode;
 pub mod frame;
 pub mod header;
 pub mod hello;
+pub mod lines;
 pub mod pages;
 pub mod reader;
+pub mod sent;
 
 use thiserror::Error;
 
 /// Version of the protocol; both sides must have the same.
-pub const VERSION: u16 = 4;
+pub const VERSION: u16 = 5;
 
 /// Largest payload in bytes.
 pub const MAX_PAYLOAD: usize = 4 << 20;

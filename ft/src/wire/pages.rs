@@ -1,13 +1,19 @@
-//! Batches of RAM pages: zero pages are left out, the rest is compressed where that pays.
+//! Batches of RAM pages: zero pages, and lines that the other side has already, are left out; the rest is compressed
+//! where that pays.
 
 use std::borrow::Cow;
 use std::time::{Duration, Instant};
 
 use super::frame::{OutFrame, zero_pages};
+use super::lines::PageLines;
+use super::sent::{How, SentPages};
 use crate::machine::{PAGE_SIZE, PageRun};
 
 /// Pages with content in one frame.
 const BATCH: u64 = 64;
+
+/// Pages with changed lines in one frame.
+const LINE_PAGES: usize = 256;
 
 /// Runs in one frame of zero pages.
 const ZERO_RUNS: usize = 4096;
@@ -73,6 +79,8 @@ pub struct Sent {
     pub pages: u64,
     /// Zero pages.
     pub zero_pages: u64,
+    /// Pages of which some lines are sent.
+    pub line_pages: u64,
     /// Bytes on the channel.
     pub bytes: u64,
 }
@@ -82,8 +90,12 @@ pub struct Sent {
 pub struct PageEncoder {
     /// Whether compression pays.
     pub gain: Gain,
+    /// What the epochs have sent.
+    pub sent: SentPages,
     full: Vec<PageRun>,
     zero: Vec<PageRun>,
+    lines: Vec<PageLines>,
+    line_bytes: Vec<u8>,
 }
 
 fn push_page(runs: &mut Vec<PageRun>, gpa: u64) {
@@ -94,31 +106,52 @@ fn push_page(runs: &mut Vec<PageRun>, gpa: u64) {
 }
 
 impl PageEncoder {
-    /// Sorts the pages of `runs`, whose content is `data`, into full and zero ones; the full ones are moved together.
-    fn sort(&mut self, runs: &[PageRun], data: &mut [u8]) {
+    /// Sorts the pages of `runs`, whose content is `data`, into full ones, zero ones and those of which some lines will
+    /// do; the full ones are moved together, the lines are copied. With `delta` what is known to be sent is left out.
+    fn sort(&mut self, runs: &[PageRun], data: &mut [u8], delta: bool) {
         self.full.clear();
         self.zero.clear();
+        self.lines.clear();
+        self.line_bytes.clear();
         let (mut read, mut write) = (0, 0);
-        for run in runs {
-            for page in 0..run.count {
-                let gpa = run.gpa + page * PAGE_SIZE as u64;
-                let range = read..read + PAGE_SIZE;
-                read += PAGE_SIZE;
-                if data[range.clone()] == ZERO_PAGE {
-                    push_page(&mut self.zero, gpa);
-                } else {
+        let addresses = runs
+            .iter()
+            .flat_map(|run| (0..run.count).map(|page| run.gpa + page * PAGE_SIZE as u64));
+        for gpa in addresses {
+            let range = read..read + PAGE_SIZE;
+            read += PAGE_SIZE;
+            let Some(page) = data[range.clone()].first_chunk::<PAGE_SIZE>() else {
+                return;
+            };
+            if *page == ZERO_PAGE {
+                push_page(&mut self.zero, gpa);
+                self.sent.forget(gpa);
+                continue;
+            }
+            match if delta { self.sent.update(gpa, page) } else { How::Whole } {
+                How::Whole => {
                     push_page(&mut self.full, gpa);
                     if write != range.start {
                         data.copy_within(range, write);
                     }
                     write += PAGE_SIZE;
                 }
+                How::Lines(0) => {}
+                How::Lines(mask) => {
+                    let lines = PageLines { gpa, mask };
+                    for (address, len) in lines.runs() {
+                        let at = (address - gpa) as usize;
+                        self.line_bytes.extend_from_slice(&page[at..at + len]);
+                    }
+                    self.lines.push(lines);
+                }
             }
         }
     }
 
     /// Makes frames of the pages of `runs`, whose content is `data` (which is changed), and gives them to `send`. Zero
-    /// pages are not even named if `skip_zero` (the other side's pages are zero already).
+    /// pages are not even named if `skip_zero` (the other side's pages are zero already). In an epoch (not 0) lines that
+    /// [`PageEncoder::sent`] knows the other side to have are left out: every page of every epoch must come here.
     pub fn encode<'a, E>(
         &mut self,
         epoch: u64,
@@ -127,7 +160,7 @@ impl PageEncoder {
         skip_zero: bool,
         send: &mut dyn FnMut(OutFrame<'a>) -> Result<(), E>,
     ) -> Result<Sent, E> {
-        self.sort(runs, data);
+        self.sort(runs, data, epoch != 0);
         let data: &'a [u8] = data;
         let mut sent = Sent::default();
         if !skip_zero {
@@ -138,12 +171,23 @@ impl PageEncoder {
                 send(frame)?;
             }
         }
+        let mut rest = &self.line_bytes[..];
+        for part in self.lines.chunks(LINE_PAGES) {
+            let (raw, later) = rest.split_at(part.iter().map(|page| page.len()).sum());
+            rest = later;
+            let (body, lz4) = pack(&mut self.gain, Cow::Owned(raw.to_vec()));
+            let frame = OutFrame::lines(epoch, part, body, lz4);
+            sent.bytes += frame.size() as u64;
+            sent.line_pages += part.len() as u64;
+            send(frame)?;
+        }
         let mut at = 0;
         for batch in batches(&self.full) {
             let count: u64 = batch.iter().map(|run| run.count).sum();
             let raw = &data[at..at + count as usize * PAGE_SIZE];
             at += raw.len();
-            let frame = pack(&mut self.gain, epoch, &batch, raw);
+            let (body, lz4) = pack(&mut self.gain, Cow::Borrowed(raw));
+            let frame = OutFrame::pages(epoch, &batch, body, lz4);
             sent.bytes += frame.size() as u64;
             sent.pages += count;
             send(frame)?;
@@ -152,16 +196,17 @@ impl PageEncoder {
     }
 }
 
-fn pack<'a>(gain: &mut Gain, epoch: u64, batch: &[PageRun], raw: &'a [u8]) -> OutFrame<'a> {
+/// The bytes, compressed if that pays, and whether they are.
+fn pack<'a>(gain: &mut Gain, raw: Cow<'a, [u8]>) -> (Cow<'a, [u8]>, bool) {
     if gain.worth() {
         let begin = Instant::now();
-        let packed = lz4_flex::block::compress(raw);
+        let packed = lz4_flex::block::compress(&raw);
         gain.note_batch(raw.len(), packed.len(), begin.elapsed());
         if packed.len() < raw.len() - raw.len() / 8 {
-            return OutFrame::pages(epoch, batch, Cow::Owned(packed), true);
+            return (Cow::Owned(packed), true);
         }
     }
-    OutFrame::pages(epoch, batch, Cow::Borrowed(raw), false)
+    (raw, false)
 }
 
 /// Cuts runs into groups of at most [`BATCH`] pages.
@@ -207,6 +252,11 @@ mod tests {
     /// Encodes and decodes; returns the memory that the other side has.
     fn round_trip(encoder: &mut PageEncoder, runs: &[PageRun], data: &[u8], skip_zero: bool) -> (Vec<u8>, Sent) {
         let mut memory = vec![0xee; 1 << 20];
+        let sent = send(encoder, &mut memory, runs, data, skip_zero);
+        (memory, sent)
+    }
+
+    fn send(encoder: &mut PageEncoder, memory: &mut [u8], runs: &[PageRun], data: &[u8], skip_zero: bool) -> Sent {
         let mut copy = data.to_vec();
         let mut apply = |frame: OutFrame<'_>| {
             let bytes = frame.header(0, 0, 0);
@@ -227,12 +277,73 @@ mod tests {
                         memory[run.gpa as usize..][..run.count as usize * PAGE_SIZE].fill(0);
                     }
                 }
+                Frame::Lines { epoch: 7, pages, data } => {
+                    let mut at = 0;
+                    for (address, len) in pages.iter().flat_map(|page| page.runs()) {
+                        memory[address as usize..][..len].copy_from_slice(&data[at..at + len]);
+                        at += len;
+                    }
+                    assert_eq!(at, data.len());
+                }
                 other => panic!("{other:?}"),
             }
             Ok::<(), ()>(())
         };
-        let sent = encoder.encode(7, runs, &mut copy, skip_zero, &mut apply).unwrap();
-        (memory, sent)
+        encoder.encode(7, runs, &mut copy, skip_zero, &mut apply).unwrap()
+    }
+
+    proptest::proptest! {
+        /// Whatever the guest writes, epoch after epoch, the other side has it; packed or not, with a cache that is
+        /// smaller than what is written, too.
+        #[test]
+        fn r2_pages_written_again_and_again_are_the_same_on_the_other_side(
+            epochs in proptest::collection::vec(
+                proptest::collection::vec((0..PAGES, 0..PAGE_SIZE, 0usize..200, 0u8..4), 1..40),
+                1..12,
+            ),
+            packed: bool,
+        ) {
+            let mut encoder = PageEncoder::default();
+            encoder.sent.resize(1);
+            if packed {
+                encoder.gain.note_link(1_000_000, Duration::from_secs(1));
+            }
+            let mut here = vec![0; PAGES as usize * PAGE_SIZE];
+            let mut there = here.clone();
+            for writes in epochs {
+                let mut written = std::collections::BTreeSet::new();
+                for (page, at, len, value) in writes {
+                    let bytes = &mut here[page as usize * PAGE_SIZE..][..PAGE_SIZE];
+                    // Now and then a whole page.
+                    let range = if len < 190 { at..(at + len).min(PAGE_SIZE) } else { 0..PAGE_SIZE };
+                    bytes[range].fill(value);
+                    written.insert(page);
+                }
+                let runs: Vec<PageRun> = written.iter().map(|page| run(*page, 1)).collect();
+                let data: Vec<u8> = written
+                    .iter()
+                    .flat_map(|page| here[*page as usize * PAGE_SIZE..][..PAGE_SIZE].to_vec())
+                    .collect();
+                send(&mut encoder, &mut there, &runs, &data, false);
+                proptest::prop_assert!(here == there);
+            }
+        }
+    }
+
+    /// More than the cache of 1 MiB has places for.
+    const PAGES: u64 = 300;
+
+    #[test]
+    fn a_page_with_few_changes_costs_its_changed_lines() {
+        let mut encoder = PageEncoder::default();
+        encoder.sent.resize(1);
+        let mut data = vec![1; 10 * PAGE_SIZE];
+        let whole = round_trip(&mut encoder, &[run(0, 10)], &data, false).1;
+        assert_eq!((whole.pages, whole.line_pages), (10, 0));
+        data[5 * PAGE_SIZE] = 2;
+        let lines = round_trip(&mut encoder, &[run(0, 10)], &data, false).1;
+        assert_eq!((lines.pages, lines.line_pages), (0, 1));
+        assert!(lines.bytes < 200, "{lines:?}");
     }
 
     #[test]

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use ft::interposer::Interposer;
 use ft::machine::*;
+use ft::wire::lines::LINE;
 
 use crate::san::{DISK, San};
 
@@ -516,7 +517,7 @@ impl Shadow for FakeShadow {
     }
 
     fn write_memory(&mut self, gpa: u64, data: &[u8]) -> Result<(), MachineError> {
-        assert!(data.len().is_multiple_of(PAGE) && gpa.is_multiple_of(PAGE as u64));
+        assert!(data.len().is_multiple_of(LINE) && gpa.is_multiple_of(LINE as u64));
         let at = self.vm.offset(gpa, data.len())?;
         lock(&self.vm.contents).ram[at..at + data.len()].copy_from_slice(data);
         Ok(())

@@ -9,7 +9,6 @@ use ft::machine::{DiskChange, DiskIdentity, Identity, Input, Output, PAGE_SIZE, 
 use ft::wire::frame::{EndMarker, Frame};
 
 use crate::guest::{BLOCK, BLOCKS, Guest, PAGES, number};
-use crate::san::SHARED;
 use crate::stream::{Got, Message};
 use crate::world::{Bug, Ev, Side, World, index};
 
@@ -172,8 +171,7 @@ impl World {
                 } else {
                     0
                 };
-                let (shared, own) = staged.disk.into_iter().partition(|(disk, _)| *disk == SHARED);
-                staged.disk = own;
+                let shared = self.s.b.staging.take_shared(&mut staged);
                 self.s.b.checkpoints.insert(epoch, (state, outputs, shared));
                 if self.bug == Some(Bug::DiskOutOfOrder) {
                     staged.disk.reverse();

@@ -6,11 +6,11 @@
 use std::sync::Arc;
 
 use kvm_bindings::{
-    CpuId, KVM_CAP_XSAVE2, KVM_EXIT_DIRTY_RING_FULL, KVM_SYSTEM_EVENT_RESET, KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET,
-    Msrs, Xsave, kvm_debugregs, kvm_device_attr, kvm_dtable, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_segment,
-    kvm_sregs, kvm_xcrs,
+    CpuId, KVM_CAP_SYNC_REGS, KVM_CAP_XSAVE2, KVM_EXIT_DIRTY_RING_FULL, KVM_SYNC_X86_EVENTS, KVM_SYNC_X86_REGS,
+    KVM_SYNC_X86_SREGS, KVM_SYSTEM_EVENT_RESET, KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, Msrs, Xsave, kvm_device_attr,
+    kvm_dtable, kvm_msr_entry, kvm_regs, kvm_segment, kvm_sregs, kvm_vcpu_events,
 };
-use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+use kvm_ioctls::{Kvm, SyncReg, VcpuFd, VmFd};
 
 use super::dirty::Rings;
 use super::kick::Target;
@@ -63,19 +63,10 @@ pub(super) struct KvmVcpu {
     rings: Option<Arc<Rings>>,
     /// As given to `set_cpuid`.
     cpuid: Vec<CpuIdEntry>,
-    presaved: Option<Presaved>,
-}
-
-/// What only running the vCPU changes; interrupts that arrive meanwhile do not.
-struct Presaved {
-    mp_state: kvm_mp_state,
-    regs: kvm_regs,
-    sregs: kvm_sregs,
-    xcrs: kvm_xcrs,
-    xsave: Vec<u32>,
-    msrs: Vec<kvm_msr_entry>,
-    debugregs: kvm_debugregs,
     tsc_khz: u32,
+    /// KVM_RUN leaves registers and events in the page that it shares (KVM API, KVM_CAP_SYNC_REGS).
+    sync_regs: bool,
+    presaved: Option<Box<VcpuState>>,
 }
 
 impl KvmVcpu {
@@ -89,7 +80,11 @@ impl KvmVcpu {
         let listed = kvm.get_msr_index_list().map_err(ioctl("list MSRs"))?;
         let xsave_size = vm.check_extension_raw(u64::from(KVM_CAP_XSAVE2));
         let xsave_size = usize::try_from(xsave_size).unwrap_or(0);
+        let all_regs = (KVM_SYNC_X86_REGS | KVM_SYNC_X86_SREGS | KVM_SYNC_X86_EVENTS) as i32;
+        let sync_regs = vm.check_extension_raw(u64::from(KVM_CAP_SYNC_REGS));
         let mut this = Self {
+            tsc_khz: fd.get_tsc_khz().unwrap_or(0),
+            sync_regs: sync_regs >= 0 && sync_regs & all_regs == all_regs,
             fd,
             msrs: Vec::new(),
             xsave_extra: xsave_size.saturating_sub(4096).div_ceil(4),
@@ -104,10 +99,9 @@ impl KvmVcpu {
         Ok(this)
     }
 
-    /// Keeps the MSRs that can be read and written back now. TSC, TSC_ADJUST and TSC_DEADLINE are handled apart.
+    /// Keeps the MSRs that can be read and written back now. The TSC is handled apart.
     fn choose_msrs(&mut self, listed: &[u32]) {
-        let apart = [MSR_IA32_TSC, MSR_IA32_TSC_ADJUST, MSR_IA32_TSC_DEADLINE];
-        for index in listed.iter().copied().filter(|i| !apart.contains(i)) {
+        for index in listed.iter().copied().filter(|i| *i != MSR_IA32_TSC) {
             let Ok(mut one) = Msrs::from_entries(&[kvm_msr_entry {
                 index,
                 ..Default::default()
@@ -173,38 +167,70 @@ impl KvmVcpu {
         }
     }
 
-    /// See [`Presaved`].
-    fn own_state(&self) -> Result<Presaved> {
-        let entries: Vec<kvm_msr_entry> = self
-            .msrs
-            .iter()
-            .map(|index| kvm_msr_entry {
-                index: *index,
-                ..Default::default()
-            })
-            .collect();
-        // MP state first: reading it lets KVM process pending INIT and SIPI (KVM API 4.38).
-        let mp_state = self.fd.get_mp_state().map_err(ioctl("read the MP state"))?;
-        let regs = self.fd.get_regs().map_err(ioctl("read registers"))?;
-        let sregs = self.fd.get_sregs().map_err(ioctl("read segment registers"))?;
-        let xsave = self.xsave()?;
-        let xcrs = self.fd.get_xcrs().map_err(ioctl("read XCRs"))?;
-        let debugregs = self.fd.get_debug_regs().map_err(ioctl("read debug registers"))?;
+    fn read_msrs(&self) -> Result<Vec<kvm_msr_entry>> {
+        let entry = |index: &u32| kvm_msr_entry {
+            index: *index,
+            ..Default::default()
+        };
+        let entries: Vec<kvm_msr_entry> = self.msrs.iter().map(entry).collect();
         let mut msrs = Msrs::from_entries(&entries).map_err(|_| Error::Missing("room for MSRs"))?;
         let read = self.fd.get_msrs(&mut msrs).map_err(ioctl("read MSRs"))?;
         if read != entries.len() {
             let index = entries.get(read).map_or(0, |e| e.index);
             return Err(Error::State(format!("MSR {index:#x} can no longer be read")));
         }
-        Ok(Presaved {
-            mp_state,
+        Ok(msrs.as_slice().to_vec())
+    }
+
+    /// Registers and events by a KVM_RUN that a kick ends before it begins: one call for three. `None` where that does not
+    /// go.
+    fn synced(&mut self) -> Option<(kvm_regs, kvm_sregs, kvm_vcpu_events)> {
+        if !self.sync_regs || self.fd.get_kvm_run().immediate_exit == 0 {
+            return None;
+        }
+        const ALL: [SyncReg; 3] = [SyncReg::Register, SyncReg::SystemRegister, SyncReg::VcpuEvents];
+        ALL.into_iter().for_each(|reg| self.fd.set_sync_valid_reg(reg));
+        let interrupted = self.fd.run().is_err_and(|e| e.errno() == libc::EINTR);
+        ALL.into_iter().for_each(|reg| self.fd.clear_sync_valid_reg(reg));
+        let regs = self.fd.sync_regs();
+        interrupted.then_some((regs.regs, regs.sregs, regs.events))
+    }
+
+    /// Every ioctl on a vCPU has its price (some microseconds where KVM is itself virtualized), so there are few.
+    fn read_state(&mut self, kicked: bool) -> Result<VcpuState> {
+        // MP state first: reading it lets KVM process pending INIT and SIPI (KVM API 4.38).
+        let mp_state = self.fd.get_mp_state().map_err(ioctl("read the MP state"))?;
+        let (regs, sregs, events) = match if kicked { self.synced() } else { None } {
+            Some(synced) => synced,
+            None => (
+                self.fd.get_regs().map_err(ioctl("read registers"))?,
+                self.fd.get_sregs().map_err(ioctl("read segment registers"))?,
+                self.fd.get_vcpu_events().map_err(ioctl("read pending events"))?,
+            ),
+        };
+        let xsave = self.xsave()?;
+        let xcrs = self.fd.get_xcrs().map_err(ioctl("read XCRs"))?;
+        let debugregs = self.fd.get_debug_regs().map_err(ioctl("read debug registers"))?;
+        // The APIC timer's deadline is among them, and the APIC comes after it: a timer that fires in between is in both, not
+        // in neither.
+        let msrs = self.read_msrs()?;
+        let lapic = self.fd.get_lapic().map_err(ioctl("read the local APIC"))?;
+        let (tsc, host_tsc) = self.tsc()?;
+        Ok(VcpuState {
+            version: VCPU_STATE_VERSION,
+            cpuid: self.cpuid.clone(),
             regs,
             sregs,
             xcrs,
             xsave,
-            msrs: msrs.as_slice().to_vec(),
+            msrs,
+            lapic,
+            events,
             debugregs,
-            tsc_khz: self.fd.get_tsc_khz().unwrap_or(0),
+            mp_state,
+            tsc,
+            host_tsc,
+            tsc_khz: self.tsc_khz,
         })
     }
 
@@ -374,48 +400,15 @@ impl Vcpu for KvmVcpu {
     }
 
     fn presave(&mut self) -> Result<()> {
-        self.presaved = Some(self.own_state()?);
+        self.presaved = Some(Box::new(self.read_state(true)?));
         Ok(())
     }
 
-    fn state(&mut self) -> Result<VcpuState> {
-        // MP state first: reading it lets KVM process pending INIT and SIPI (KVM API 4.38).
-        let mp_state = self.fd.get_mp_state().map_err(ioctl("read the MP state"))?;
-        let regs = self.fd.get_regs().map_err(ioctl("read registers"))?;
-        // Such a signal from a vCPU that ran longer than this one starts it anew.
-        let own = match self.presaved.take() {
-            Some(own) if own.mp_state == mp_state && own.regs == regs => own,
-            _ => self.own_state()?,
-        };
-        let lapic = self.fd.get_lapic().map_err(ioctl("read the local APIC"))?;
-        let mut msrs = own.msrs;
-        for index in [MSR_IA32_TSC_ADJUST, MSR_IA32_TSC_DEADLINE] {
-            if let Some(data) = self.read_msr(index)? {
-                msrs.push(kvm_msr_entry {
-                    index,
-                    data,
-                    ..Default::default()
-                });
-            }
+    fn state(&mut self, presaved: bool) -> Result<VcpuState> {
+        match self.presaved.take().filter(|_| presaved) {
+            Some(state) => Ok(*state),
+            None => self.read_state(false),
         }
-        let events = self.fd.get_vcpu_events().map_err(ioctl("read pending events"))?;
-        let (tsc, host_tsc) = self.tsc()?;
-        Ok(VcpuState {
-            version: VCPU_STATE_VERSION,
-            cpuid: self.cpuid.clone(),
-            regs,
-            sregs: own.sregs,
-            xcrs: own.xcrs,
-            xsave: own.xsave,
-            msrs,
-            lapic,
-            events,
-            debugregs: own.debugregs,
-            mp_state,
-            tsc,
-            host_tsc,
-            tsc_khz: own.tsc_khz,
-        })
     }
 
     fn set_state(&mut self, state: &VcpuState, advance_ns: u64, host_tsc_base: u64) -> Result<()> {
@@ -426,7 +419,7 @@ impl Vcpu for KvmVcpu {
                 state.version
             )));
         }
-        let own_khz = self.fd.get_tsc_khz().unwrap_or(0);
+        let own_khz = self.tsc_khz;
         // KVM's own measure of a frequency differs from boot to boot by some hundred parts per million.
         if own_khz.abs_diff(state.tsc_khz) > state.tsc_khz / 1000 {
             return Err(Error::State(format!(

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use api::VmConfig;
 use ft::config::FtReceiveConfig;
 use ft::machine::{
-    DiskChange, Identity, Input, MachineError, Output, PAGE_SIZE, Protected, Refusal, Shadow, ShadowHost, Takeover,
+    DiskChange, Identity, Input, MachineError, Output, Protected, Refusal, Shadow, ShadowHost, Takeover,
 };
 
 use virtio_devices::block::DiskImage;
@@ -196,12 +196,6 @@ impl Shadow for VmShadow {
     }
 
     fn write_memory(&mut self, gpa: u64, data: &[u8]) -> Result<(), MachineError> {
-        if !gpa.is_multiple_of(PAGE_SIZE as u64) || !data.len().is_multiple_of(PAGE_SIZE) {
-            return Err(machine_error(format!(
-                "{} bytes at {gpa:#x} are not whole pages",
-                data.len()
-            )));
-        }
         self.vm.ram().write(gpa, data).map_err(machine_error)
     }
 

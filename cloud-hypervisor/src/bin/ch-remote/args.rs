@@ -105,7 +105,8 @@ pub enum FtCommand {
         /// committed, beyond half of which the guest is slowed down; heartbeat_ms (5-10000, 50);
         /// heartbeat_timeout_ms (500, at least 3 heartbeats): silence after which the peer counts as dead;
         /// precopy_mib_s (0 = no limit): rate of the first copy; audit_mib_s (0-65536, 16): RAM of the backup that is
-        /// compared with the primary's while both run (0 = none)
+        /// compared with the primary's while both run (0 = none); delta_cache_mib (0-65536, 32): memory that remembers
+        /// pages as they were sent, so that only changed lines of a page are sent again (0 = whole pages)
         #[arg(value_name = "KEY=VALUE", verbatim_doc_comment)]
         settings: Vec<String>,
     },

@@ -124,6 +124,7 @@ pub fn limits(limits: &FtLimits) {
     };
     row("precopy_mib_s", &rate(limits.precopy_mib_s, "no limit"));
     row("audit_mib_s", &rate(limits.audit_mib_s, "none"));
+    row("delta_cache_mib", &format!("{} MiB", limits.delta_cache_mib));
 }
 
 #[cfg(test)]
