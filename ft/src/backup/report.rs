@@ -2,8 +2,9 @@
 
 use super::session::Session;
 use crate::config::{FtInfo, FtRole, FtState};
+use crate::event::joined;
 use crate::machine::{DiskChange, PAGE_SIZE, PageRun};
-use crate::primary::session::{joined, lock};
+use crate::primary::session::lock;
 use crate::stats::Stat;
 use crate::wire::frame::Frame;
 

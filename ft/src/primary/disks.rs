@@ -190,6 +190,14 @@ impl Session {
         false
     }
 
+    /// Tells the backup with the next frame which epochs it need not keep: their outputs left, and their changes are on
+    /// the shared disks.
+    pub(super) fn mark(&self) {
+        let released = self.disks.released.load(Ordering::Acquire);
+        let mark = released.min(self.disks.written());
+        self.outbox.mark.fetch_max(mark, Ordering::AcqRel);
+    }
+
     /// The controller, when the VM goes on alone: everything that is held is carried out. The VM stands still.
     pub(super) fn write_all(&self) {
         if !self.disks.any() {

@@ -15,6 +15,7 @@
 pub mod checkpoint;
 pub mod controller;
 mod disks;
+mod entries;
 mod handshake;
 pub mod metrics;
 pub mod precopy;

@@ -15,14 +15,15 @@ use crate::config::{FtDurability, FtInfo, FtLimits, FtRole, FtState};
 use crate::core::arbitration::Answer;
 use crate::core::primary::{Action, Event, FromBackup, PrimaryState, ToBackup};
 use crate::core::{MAX_IN_FLIGHT, Nanos};
-use crate::event::{EventSink, Status, announce};
-use crate::interposer::{Interposer, LogSink};
-use crate::machine::{DiskChange, Identity, Protected};
+use crate::event::{EventSink, Status, announce, joined};
+use crate::interposer::Interposer;
+use crate::machine::{Identity, Protected};
 use crate::outbox::{Clock, Outbox};
 use crate::primary::disks::Disks;
+use crate::primary::entries::Log;
 use crate::primary::metrics::Metrics;
 use crate::transport::Stream;
-use crate::wire::frame::{self, Frame, encode};
+use crate::wire::frame::{Frame, encode};
 use crate::wire::reader::FrameReader;
 
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -62,26 +63,6 @@ pub(super) struct Mailbox {
     pub(super) until: Nanos,
     /// FT is over and its last action done.
     pub(super) finished: bool,
-}
-
-/// Sends log entries and counts them, for the end marker.
-pub(super) struct Log {
-    outbox: Arc<Outbox>,
-    pub(super) inputs: AtomicU64,
-    pub(super) disk: AtomicU64,
-}
-
-impl LogSink for Log {
-    fn input_frame(&self, epoch: u64, nic: u16, data: &[u8]) -> u64 {
-        self.inputs.fetch_add(1, Ordering::Relaxed);
-        self.outbox.post([frame::input_frame(epoch, nic, data)])
-    }
-
-    fn disk_change(&self, epoch: u64, disk: u16, change: DiskChange) -> u64 {
-        let frames = frame::disk_change(epoch, disk, change);
-        self.disk.fetch_add(frames.len() as u64, Ordering::Relaxed);
-        self.outbox.post(frames)
-    }
 }
 
 /// The interposer stops device workers a little later than the core stops the guest.
@@ -129,11 +110,7 @@ impl Session {
     pub(super) fn new(parts: SessionParts) -> Arc<Self> {
         Arc::new_cyclic(|weak: &std::sync::Weak<Self>| {
             let outbox = Arc::new(parts.outbox);
-            let log = Arc::new(Log {
-                outbox: outbox.clone(),
-                inputs: AtomicU64::new(0),
-                disk: AtomicU64::new(0),
-            });
+            let log = Arc::new(Log::new(outbox.clone()));
             let session = weak.clone();
             let waker = Arc::new(move || {
                 if let Some(session) = session.upgrade() {
@@ -371,14 +348,6 @@ impl Session {
         }
     }
 
-    /// Tells the backup with the next frame which epochs it need not keep: their outputs left, and their changes are on
-    /// the shared disks.
-    pub(super) fn mark(&self) {
-        let released = self.disks.released.load(Ordering::Acquire);
-        let mark = released.min(self.disks.written());
-        self.outbox.mark.fetch_max(mark, Ordering::AcqRel);
-    }
-
     fn ask(self: &Arc<Self>, expected: u64) {
         // This side stops; a win would keep the other from going on.
         if self.quit.load(Ordering::SeqCst) {
@@ -502,14 +471,6 @@ impl Session {
         (info.outputs_waiting, _) = self.interposer.waiting();
         info.bytes_sent = self.outbox.bytes_written();
         info
-    }
-}
-
-/// Why, and what else there is to say.
-pub(crate) fn joined(reason: Option<String>, more: Option<String>) -> Option<String> {
-    match (reason, more) {
-        (Some(reason), Some(more)) => Some(format!("{reason}; {more}")),
-        (reason, more) => reason.or(more),
     }
 }
 

@@ -201,7 +201,7 @@ fn kvm_root_r3_disable_writes_what_is_held_for_a_shared_disk() -> Result<()> {
 /// Power-off with changes that are held, and a boot from what is on the disk.
 #[test]
 fn kvm_root_r3_a_vm_that_ends_leaves_everything_on_a_shared_disk() -> Result<()> {
-    let mut pair = pair(10)?;
+    let pair = pair(10)?;
     pair.loads.pause()?;
     pair.primary.vmm.remote(&["shutdown"])?;
     pair.loads.check_disk(&pair.bed.disk(Side::A))?;
@@ -210,6 +210,15 @@ fn kvm_root_r3_a_vm_that_ends_leaves_everything_on_a_shared_disk() -> Result<()>
         "the backup took an ended VM over"
     );
     Ok(())
+}
+
+/// What `ft enable` says, with its arguments changed.
+fn refused(bed: &Bed, primary: &Host, backup: &Host, change: &dyn Fn(&mut Vec<String>)) -> String {
+    let mut args = bed.enable_args(backup);
+    change(&mut args);
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    let error = primary.vmm.remote(&args).err();
+    error.map(|e| e.to_string()).unwrap_or_default()
 }
 
 #[test]
@@ -222,19 +231,12 @@ fn kvm_root_another_file_and_other_disks_are_refused() -> Result<()> {
     backup.disk = bed.dir.join("copy.img");
     std::fs::copy(bed.disk(Side::A), &backup.disk)?;
     bed.receive(&mut backup)?;
-    let refused = |backup: &Host, change: &dyn Fn(&mut Vec<String>)| {
-        let mut args = bed.enable_args(backup);
-        change(&mut args);
-        let args: Vec<&str> = args.iter().map(String::as_str).collect();
-        let error = primary.vmm.remote(&args).err();
-        error.map(|e| e.to_string()).unwrap_or_default()
-    };
-    let error = refused(&backup, &|_| ());
+    let error = refused(&bed, &primary, &backup, &|_| ());
     ensure!(
         error.contains("lock is not seen") && error.contains("copy.img"),
         "{error}"
     );
-    let error = refused(&backup, &|args| {
+    let error = refused(&bed, &primary, &backup, &|args| {
         args.iter_mut()
             .filter(|a| *a == "_disk0")
             .for_each(|a| *a = "_disk7".into());
@@ -244,12 +246,14 @@ fn kvm_root_another_file_and_other_disks_are_refused() -> Result<()> {
     let mut other = bed.start(Side::B, &[])?;
     other.disk = bed.dir.join("missing.img");
     bed.receive_at(&mut other, "tcp:10.99.0.2:6001")?;
-    let error = refused(&other, &|_| ());
+    let error = refused(&bed, &primary, &other, &|_| ());
     ensure!(error.contains("missing.img") && !other.disk.exists(), "{error}");
     // Without being named as shared, the file is in use.
     let mut same = bed.start(Side::B, &[])?;
     bed.receive_at(&mut same, "tcp:10.99.0.2:6002")?;
-    let error = refused(&same, &|args| args.retain(|a| a != "--shared-disk" && a != "_disk0"));
+    let error = refused(&bed, &primary, &same, &|args| {
+        args.retain(|a| a != "--shared-disk" && a != "_disk0")
+    });
     ensure!(error.contains("in use"), "{error}");
     loads.wait_progress(10)?;
     ensure!(primary.vmm.vm_state()? == "Running");

@@ -1,13 +1,14 @@
 //! Fault tolerance on this VMM: the [`Plugin`] that serves `vm.ft-*` and keeps the one FT session.
 //!
 //! * [`protected`]: the running VM as FT sees it; [`shadow`]: the backup's side; [`backends`], [`blocks`]: the interposer at
-//!   the devices; [`shared`]: disks that both hosts see; [`consoles`]: where a shadow's consoles go.
+//!   the devices; [`shared`], [`disks`]: disks that both hosts see; [`consoles`]: where a shadow's consoles go.
 //!
 //! Lock order: `changing`, `session`, then FT's and the VM's own locks. FT's threads never take the first two.
 
 mod backends;
 mod blocks;
 mod consoles;
+mod disks;
 mod protected;
 mod shadow;
 mod shared;
@@ -133,7 +134,7 @@ impl FtPlugin {
             config.arbiter.clone_from(&self.arbiter);
         }
         for id in &config.shared_disks {
-            shared::shareable(&vm, id).map_err(|refusal| error(400, &refusal.code, &refusal))?;
+            disks::shareable(&vm, id).map_err(|refusal| error(400, &refusal.code, &refusal))?;
         }
         let machine = ProtectedVm::new(vm.clone(), &config.shared_disks);
         end(self.put(Session::Off));

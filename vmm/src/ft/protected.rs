@@ -16,7 +16,8 @@ use virtio_devices::block::DiskImage;
 
 use super::backends::{HeldConsole, HeldNet, Slot};
 use super::blocks::{ChangedBlocks, LoggedBlock, TrackedBlock};
-use super::shared::{self, SharedBlock};
+use super::disks;
+use super::shared::SharedBlock;
 use crate::devices::Disk;
 use crate::interrupts::lock;
 use crate::vm::{Holder, Vm};
@@ -159,7 +160,7 @@ fn frame_of(output: &Output) -> Option<&[u8]> {
 impl Protected for ProtectedVm {
     fn identity(&self) -> Result<Identity, MachineError> {
         let disks = self.vm.devices().disks().iter().zip(&self.disks);
-        let marks = disks.map(|(disk, side)| side.shared.then(|| shared::mark(disk)).transpose());
+        let marks = disks.map(|(disk, side)| side.shared.then(|| disks::mark(disk)).transpose());
         identity(&self.vm, &marks.collect::<Result<Vec<_>, _>>()?)
     }
 
@@ -318,15 +319,15 @@ impl Protected for ProtectedVm {
     }
 
     fn write_shared(&self, disk: u16, change: &DiskChange) -> Result<(), MachineError> {
-        shared::carry_out(self.image(disk)?.as_ref(), change)
+        disks::carry_out(self.image(disk)?.as_ref(), change)
     }
 
     fn yield_disks(&self) {
-        shared::give_back(&self.vm);
+        disks::give_back(&self.vm);
     }
 
     fn claim_disks(&self) -> Result<Option<String>, MachineError> {
-        shared::claim(&self.vm)
+        disks::claim(&self.vm)
     }
 
     fn throttle(&self, run_percent: u8) {

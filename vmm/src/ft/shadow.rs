@@ -16,8 +16,8 @@ use ft::machine::{
 use virtio_devices::block::DiskImage;
 
 use super::backends::{ReplayNet, transmit_all};
+use super::disks;
 use super::protected::{ProtectedVm, identity, machine_error, no_disk};
-use super::shared;
 use crate::state::VmState;
 use crate::vm::{Holder, Vm, VmContext};
 
@@ -34,7 +34,7 @@ pub struct VmShadowHost {
     pub adopt: Adopt,
 }
 
-fn refuse(code: &str, message: String) -> Refusal {
+pub(super) fn refuse(code: &str, message: String) -> Refusal {
     Refusal {
         code: code.into(),
         message,
@@ -110,7 +110,7 @@ impl ShadowHost for VmShadowHost {
         let shared = offered.disks.iter().filter(|disk| disk.shared.is_some());
         let shared: Vec<String> = shared.map(|disk| disk.id.clone()).collect();
         let vm = Vm::shadow(config, offered.vm_id.clone(), &self.context, &shared).map_err(|e| failed(&e))?;
-        shared::find_marks(&vm, offered)?;
+        disks::find_marks(&vm, offered)?;
         let shared: Vec<_> = offered.disks.iter().map(|disk| disk.shared).collect();
         let mut identity = identity(&vm, &shared).map_err(|e| failed(&e))?;
         // Paths and taps differ by host; what counts is compared field by field.
@@ -214,11 +214,11 @@ impl Shadow for VmShadow {
         if shared && !self.claimed && !matches!(change, DiskChange::Check { .. }) {
             return Err(machine_error("a shared disk is the primary's until its lock is taken"));
         }
-        shared::carry_out(image.as_ref(), change)
+        disks::carry_out(image.as_ref(), change)
     }
 
     fn claim_disks(&mut self) -> Result<Option<String>, MachineError> {
-        let who = shared::claim(&self.vm)?;
+        let who = disks::claim(&self.vm)?;
         self.claimed = who.is_none();
         Ok(who)
     }
