@@ -227,6 +227,15 @@ impl Bed {
         self.backup = Some(backup);
     }
 
+    /// The two sides hear nothing more of each other: at once, or by silence.
+    pub fn part(&self, silently: bool) {
+        if silently {
+            self.relay.stall(true)
+        } else {
+            self.relay.cut()
+        }
+    }
+
     pub fn wait_primary(&self, state: FtState) {
         eventually(&format!("primary {state:?}"), || self.primary().info().state == state);
     }

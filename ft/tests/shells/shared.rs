@@ -73,6 +73,17 @@ fn busy() -> Busy {
     Busy { bed, san, quit, guest }
 }
 
+/// A primary with a write under way that does not end, and that is left.
+fn stuck() -> Busy {
+    let busy = busy();
+    busy.bed.arbiter_reachable("p", false);
+    busy.san.hang(true);
+    std::thread::sleep(Duration::from_millis(50));
+    busy.bed.relay.cut();
+    busy.bed.wait_backup(FtState::TakingOver);
+    busy
+}
+
 impl Busy {
     fn rest(self) -> (Bed, Arc<San>) {
         self.quit.store(true, Ordering::SeqCst);
@@ -117,11 +128,7 @@ fn r3_a_takeover_finds_a_shared_disk_as_the_last_epoch_left_it() {
         let (bed, san) = (&busy.bed, &busy.san);
         std::thread::sleep(Duration::from_millis(round * 3));
         bed.arbiter_reachable("p", false);
-        if round % 2 == 0 {
-            bed.relay.cut()
-        } else {
-            bed.relay.stall(true)
-        }
+        bed.part(round % 2 == 1);
         bed.wait_backup(FtState::Solo);
         check(bed, san);
         // The primary is alive, and writes nothing any more.
@@ -138,13 +145,8 @@ fn r3_a_takeover_finds_a_shared_disk_as_the_last_epoch_left_it() {
 #[test]
 fn r3_what_the_primary_wrote_and_did_not_flush_is_written_again() {
     for _ in 0..4 {
-        let busy = busy();
+        let busy = stuck();
         let (bed, san) = (&busy.bed, &busy.san);
-        bed.arbiter_reachable("p", false);
-        san.hang(true);
-        std::thread::sleep(Duration::from_millis(50));
-        bed.relay.cut();
-        bed.wait_backup(FtState::TakingOver);
         {
             // The write that is under way is the last one of a host that is gone.
             let inner = &mut *san.inner();
@@ -162,14 +164,8 @@ fn r3_what_the_primary_wrote_and_did_not_flush_is_written_again() {
 
 #[test]
 fn r4_a_write_that_is_under_way_keeps_the_backup_waiting() {
-    let busy = busy();
+    let busy = stuck();
     let (bed, san) = (&busy.bed, &busy.san);
-    bed.arbiter_reachable("p", false);
-    san.hang(true);
-    // One is stuck for certain.
-    std::thread::sleep(Duration::from_millis(50));
-    bed.relay.cut();
-    bed.wait_backup(FtState::TakingOver);
     eventually("the reason", || {
         let reason = bed.backup().info().reason.unwrap_or_default();
         reason.contains(&format!("host {} has the lock", bed.vm.number))
@@ -224,11 +220,7 @@ fn r3_a_primary_that_goes_alone_writes_everything() {
         let busy = busy();
         let bed = &busy.bed;
         bed.arbiter_reachable("b", false);
-        if silent {
-            bed.relay.stall(true)
-        } else {
-            bed.relay.cut()
-        }
+        bed.part(silent);
         bed.wait_primary(FtState::Solo);
         let (bed, san) = busy.rest();
         eventually("the end of FT", || {

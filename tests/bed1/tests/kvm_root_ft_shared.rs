@@ -26,20 +26,13 @@ fn shared() -> Options {
 fn kvm_root_r3_primaries_killed_with_a_shared_disk() -> Result<()> {
     let mut bed = Bed::new(shared())?;
     let mut results = Results::default();
-    let none = loads::Options::none();
-    let each = [
-        loads::Options {
-            kv: 3,
-            seed: 11,
-            ..none.clone()
-        },
-        loads::Options {
-            kv_piped: 3,
-            seed: 21,
-            ..none
-        },
-        loads::Options::everything(41),
-    ];
+    let store = |kv, kv_piped| loads::Options {
+        kv,
+        kv_piped,
+        seed: 11 + kv as u64,
+        ..loads::Options::none()
+    };
+    let each = [store(3, 0), store(0, 3), loads::Options::everything(41)];
     let mut chain = Chain::start(&mut bed, &each[0], &mut results)?;
     ensure!(chain.primary.vmm.ft_info()?["shared_disks"][0] == "_disk0");
     for (index, options) in each.iter().enumerate() {
