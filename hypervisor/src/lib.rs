@@ -58,13 +58,15 @@ pub struct MemorySlot {
     pub readonly: bool,
 }
 
-/// Dirty pages of one slot: bit n of word w set = page (64 * w + n) of the slot was written.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct DirtyBitmap {
+/// Dirty pages of a slot, 64 at a time: bit n of `bits` set = page 64 * `index` + n of the slot was written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DirtyWord {
     /// Slot number.
     pub slot: u32,
-    /// One bit per page.
-    pub words: Vec<u64>,
+    /// Which word of the slot's bitmap.
+    pub index: usize,
+    /// Its bits, not all 0.
+    pub bits: u64,
 }
 
 /// A message-signalled interrupt (PCI 3.0, 6.8; Intel SDM 3A 11.11).
@@ -140,9 +142,15 @@ pub trait Vm: Send + Sync {
     fn start_dirty_log(&self) -> Result<()>;
     /// Ends dirty logging.
     fn stop_dirty_log(&self) -> Result<()>;
-    /// Reads and clears the pages dirtied by vCPUs since the last call (bitmap or ring, whichever the VM was made
-    /// with). With the dirty ring all vCPUs' rings are harvested and reset.
-    fn harvest_dirty(&self) -> Result<Vec<DirtyBitmap>>;
+    /// Appends the pages dirtied by vCPUs since the last call, ascending by slot and index, and clears the log (bitmap or
+    /// ring, whichever the VM was made with). With the dirty ring all vCPUs' rings are harvested and reset; it then takes
+    /// no longer for more RAM.
+    fn harvest_dirty(&self, out: &mut Vec<DirtyWord>) -> Result<()>;
+    /// From here on up to `most` pages that are written all the time are left writable and reported by every harvest,
+    /// written or not, which saves their faults. The pages at the guest physical addresses `cold` are logged in the usual
+    /// way again; with a `most` of 0 all are. Only while no vCPU runs and nothing else writes RAM. Does nothing where the
+    /// backend has no such thing.
+    fn keep_hot(&self, most: usize, cold: &[u64]) -> Result<()>;
     /// Makes vCPU `id`, which is also its x2APIC id.
     fn create_vcpu(&self, id: u8) -> Result<Box<dyn Vcpu>>;
     /// Connects an eventfd to a GSI (KVM API 4.75).

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use hypervisor::kvm::KvmHypervisor;
-use hypervisor::{BootRegisters, DirtyBitmap, Hypervisor, MemorySlot, PAGE_SIZE, Vcpu, VcpuExit, Vm, VmOptions};
+use hypervisor::{BootRegisters, Hypervisor, MemorySlot, PAGE_SIZE, Vcpu, VcpuExit, Vm, VmOptions};
 
 const RAM: u64 = 8 << 20;
 const CODE: u64 = 0x1000;
@@ -103,10 +103,15 @@ impl Drop for Machine {
     }
 }
 
-fn pages(log: &[DirtyBitmap]) -> Vec<u64> {
-    let words = &log[0].words;
-    (0..RAM / PAGE_SIZE)
-        .filter(|p| words[(p / 64) as usize] >> (p % 64) & 1 != 0)
+/// Pages of the only slot written since the last call.
+fn harvest(vm: &dyn Vm) -> Vec<u64> {
+    let mut log = Vec::new();
+    vm.harvest_dirty(&mut log).unwrap();
+    log.iter()
+        .flat_map(|word| {
+            let bit = |n: &u64| word.bits >> n & 1 != 0;
+            (0..64).filter(bit).map(|n| word.index as u64 * 64 + n)
+        })
         .collect()
 }
 
@@ -115,7 +120,7 @@ fn dirty_log(options: VmOptions) {
     machine.vm.start_dirty_log().unwrap();
     machine.run_to_port();
     let expected: Vec<u64> = (0..u64::from(PAGES)).map(|n| FIRST_PAGE / PAGE_SIZE + n).collect();
-    let found = pages(&machine.vm.harvest_dirty().unwrap());
+    let found = harvest(machine.vm.as_ref());
     for page in &expected {
         assert!(
             found.contains(page),
@@ -124,7 +129,7 @@ fn dirty_log(options: VmOptions) {
     }
     machine.run_to_port();
     assert_eq!(
-        pages(&machine.vm.harvest_dirty().unwrap()),
+        harvest(machine.vm.as_ref()),
         Vec::<u64>::new(),
         "harvesting clears the log"
     );
@@ -137,10 +142,10 @@ fn dirty_log(options: VmOptions) {
         })
         .unwrap();
     machine.run_to_port();
-    let again = pages(&machine.vm.harvest_dirty().unwrap());
+    let again = harvest(machine.vm.as_ref());
     assert!(expected.iter().all(|p| again.contains(p)), "{again:x?}");
     machine.vm.stop_dirty_log().unwrap();
-    assert!(machine.vm.harvest_dirty().unwrap().is_empty());
+    assert!(harvest(machine.vm.as_ref()).is_empty());
 }
 
 #[test]
@@ -167,6 +172,22 @@ fn dirty_ring_sees_every_written_page_once_per_harvest() {
 /// A kick that comes while a full ring is being collected makes KVM drop pages from its log (see `kvm::dirty`).
 #[test]
 fn r2_a_vcpu_that_is_kicked_all_the_time_loses_no_page_of_a_full_ring() {
+    every_written_page_is_in_the_log(|_, _| ());
+}
+
+/// Hot pages are left writable; when they are cooled, their writes are logged as before.
+#[test]
+fn r2_no_page_is_lost_while_pages_become_hot_and_cold() {
+    every_written_page_is_in_the_log(|vm, round| {
+        let page = |n: u64| (FIRST_PAGE / PAGE_SIZE + n * 7 % 1700) * PAGE_SIZE;
+        let cold: Vec<u64> = (0..40 * (round % 3)).map(|n| page(n + round)).collect();
+        let most = if round % 10 == 9 { 0 } else { 500 };
+        vm.keep_hot(most, &cold).unwrap();
+    });
+}
+
+/// The guest counts in all pages; `between` is called before each harvest.
+fn every_written_page_is_in_the_log(between: impl Fn(&dyn Vm, u64)) {
     let hypervisor = KvmHypervisor::new().expect("this test needs /dev/kvm");
     if !hypervisor.capabilities().dirty_ring {
         return;
@@ -212,7 +233,8 @@ fn r2_a_vcpu_that_is_kicked_all_the_time_loses_no_page_of_a_full_ring() {
                 other => panic!("{other:?}"),
             }
         }
-        let logged = pages(&machine.vm.harvest_dirty().unwrap());
+        between(machine.vm.as_ref(), round);
+        let logged = harvest(machine.vm.as_ref());
         let now = counted();
         for page in logged {
             if let Some(at) = page.checked_sub(FIRST_PAGE / PAGE_SIZE) {

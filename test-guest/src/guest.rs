@@ -233,7 +233,7 @@ fn serve(options: &Options, mut net: Net, mut context: Context, mut worker: Opti
     let clock = context.clock;
     let mut interface = interface(options, &mut net, instant(clock));
     let mut sockets = SocketSet::new(Vec::new());
-    let mut services = Services::new(&mut sockets);
+    let mut services = Services::new(&mut sockets, options.window << 10);
     services.step(&mut sockets, &mut context);
     let (ip, prefix) = options.ip;
     log!("address {}/{prefix}", Ipv4Address::from(ip));

@@ -36,15 +36,18 @@ struct Pool {
     send: usize,
 }
 
-const POOLS: [Pool; 5] = [
-    pool(ECHO, 128 << 10, 128 << 10),
-    pool(SINK, 256 << 10, 16 << 10),
-    pool(SOURCE, 16 << 10, 256 << 10),
-    pool(STORE, 64 << 10, 64 << 10),
-    pool(CONTROL, 8 << 10, 8 << 10),
-];
+/// `window`: bytes of the buffers of streams.
+fn pools(window: usize) -> [Pool; 5] {
+    [
+        pool(ECHO, 128 << 10, 128 << 10),
+        pool(SINK, window, 16 << 10),
+        pool(SOURCE, 16 << 10, window),
+        pool(STORE, 64 << 10, 64 << 10),
+        pool(CONTROL, 8 << 10, 8 << 10),
+    ]
+}
 
-const fn pool(port: u16, receive: usize, send: usize) -> Pool {
+fn pool(port: u16, receive: usize, send: usize) -> Pool {
     Pool {
         port,
         first: 16,
@@ -59,7 +62,8 @@ impl Pool {
         let buffer = |len| tcp::SocketBuffer::new(vec![0; len]);
         let mut socket = tcp::Socket::new(buffer(self.receive), buffer(self.send));
         socket.set_nagle_enabled(false);
-        socket.set_ack_delay(None);
+        // As other stacks do: an answer that comes soon carries the acknowledgement (RFC 1122, 4.2.3.2).
+        socket.set_ack_delay(Some(ACK_DELAY));
         socket.set_timeout(Some(TIMEOUT));
         socket.set_keep_alive(Some(KEEP_ALIVE));
         Connection::new(self.port, sockets.add(socket))
@@ -70,6 +74,7 @@ impl Pool {
 const SPARE: usize = 8;
 /// A peer that does not answer for this long is given up.
 const TIMEOUT: Duration = Duration::from_secs(120);
+const ACK_DELAY: Duration = Duration::from_millis(10);
 const KEEP_ALIVE: Duration = Duration::from_secs(30);
 /// Datagrams that wait for echo, and their bytes.
 const DATAGRAMS: usize = 64;
@@ -112,16 +117,18 @@ pub struct Context {
 
 /// All services.
 pub struct Services {
+    pools: [Pool; 5],
     connections: Vec<Connection>,
     udp: SocketHandle,
     scratch: Vec<u8>,
 }
 
 impl Services {
-    /// Listens on all ports.
-    pub fn new(sockets: &mut SocketSet<'_>) -> Self {
+    /// Listens on all ports; `window`: bytes of the buffers of streams.
+    pub fn new(sockets: &mut SocketSet<'_>, window: usize) -> Self {
+        let pools = pools(window);
         let mut connections = Vec::new();
-        for pool in &POOLS {
+        for pool in &pools {
             connections.extend((0..pool.first).map(|_| pool.place(sockets)));
         }
         let datagrams = || udp::PacketBuffer::new(vec![udp::PacketMetadata::EMPTY; DATAGRAMS], vec![0; DATAGRAM_BYTES]);
@@ -129,6 +136,7 @@ impl Services {
         // Port 7 is not 0, so that this does not fail.
         let _ = socket.bind(ECHO);
         Self {
+            pools,
             connections,
             udp: sockets.add(socket),
             scratch: vec![0; 128 << 10],
@@ -151,7 +159,7 @@ impl Services {
     /// Adds places where none listens.
     fn grow(&mut self, sockets: &mut SocketSet<'_>) -> bool {
         let mut worked = false;
-        for pool in &POOLS {
+        for pool in &self.pools {
             let places = self.connections.iter().filter(|c| c.port == pool.port);
             let (all, free) = places.fold((0, 0), |(all, free), c| (all + 1, free + usize::from(c.free)));
             if free < SPARE && all < pool.most {

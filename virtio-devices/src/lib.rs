@@ -5,7 +5,7 @@
 //! * [`net`] with its [`net::tap`], [`block`] with its files ([`block::open`]), [`rng`], [`console`]: device models;
 //! * [`handle`]: what the VMM holds of a device: pause, saved state, exchange of the backend;
 //! * [`transport`]: the PCI function; [`model`]: what a device model implements; `ring`, `buffers`: virtqueues;
-//!   `worker`: the device's thread; `interrupt`: how a device raises interrupts.
+//!   `worker`: the device's thread; `interrupt`: how a device raises interrupts; [`DirtyPages`]: what they wrote to RAM.
 //!
 //! One worker thread per device. A device's queues and backend are behind one mutex: its worker holds it while it
 //! serves a batch, the VMM takes it to pause, save, or exchange the backend. A paused device's worker does nothing
@@ -18,6 +18,7 @@ pub mod backend;
 pub mod block;
 mod buffers;
 pub mod console;
+mod dirty;
 pub mod handle;
 mod interrupt;
 pub mod model;
@@ -36,14 +37,15 @@ use thiserror::Error;
 
 pub use block::Block;
 pub use console::Console;
+pub use dirty::DirtyPages;
 pub use handle::{Handle, VirtioState};
 pub use net::Net;
 pub use ring::QueueError;
 pub use rng::Rng;
 pub use transport::{BAR_SIZE, PciResources};
 
-/// Guest RAM, with a bitmap of the pages that the VMM itself wrote (the hypervisor's dirty log does not see those).
-pub type GuestMemory = vm_memory::GuestMemoryMmap<vm_memory::bitmap::AtomicBitmap>;
+/// Guest RAM, with a log of the pages that the VMM itself wrote (the hypervisor's dirty log does not see those).
+pub type GuestMemory = vm_memory::GuestMemoryMmap<DirtyPages>;
 
 /// Errors of making devices and of loading their state.
 #[derive(Debug, Error)]

@@ -42,7 +42,7 @@ pub(crate) fn is_dirty(memory: &GuestMemory, address: u64) -> bool {
 
 pub(crate) fn clean(memory: &GuestMemory) {
     for region in memory.iter() {
-        (**region).bitmap().reset();
+        (**region).bitmap().take(|_, _| ());
     }
 }
 

@@ -1,7 +1,7 @@
 //! Guest RAM: its mapping in this process, its KVM slots, its dirty pages, its copy in a snapshot.
 //!
 //! RAM is mapped once and stays mapped as long as [`GuestRam`] lives. Dirty pages come from two places: the
-//! hypervisor's log (vCPUs) and the bitmap that vm-memory keeps of the VMM's own writes; [`GuestRam::harvest_dirty`]
+//! hypervisor's log (vCPUs) and the log that vm-memory keeps of the VMM's own writes; [`GuestRam::harvest_dirty`]
 //! joins them.
 
 use std::fs::File;
@@ -11,10 +11,10 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use api::MemoryConfig;
-use hypervisor::{MemorySlot, PAGE_SIZE, Vm};
+use hypervisor::{DirtyWord, MemorySlot, PAGE_SIZE, Vm};
 use thiserror::Error;
-use virtio_devices::GuestMemory;
-use vm_memory::bitmap::{AtomicBitmap, Bitmap};
+use virtio_devices::{DirtyPages, GuestMemory};
+use vm_memory::bitmap::{Bitmap, NewBitmap};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{
     Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap, MemoryRegionAddress,
@@ -72,7 +72,7 @@ pub struct PageRange {
 }
 
 /// The log of the VMM's own writes to a region.
-fn own_writes(region: &GuestRegionMmap<AtomicBitmap>) -> &AtomicBitmap {
+fn own_writes(region: &GuestRegionMmap<DirtyPages>) -> &DirtyPages {
     std::ops::Deref::deref(region).bitmap()
 }
 
@@ -129,14 +129,8 @@ impl GuestRam {
         let mut offset = 0;
         for (gpa, len) in arch::layout::ram_regions(config.size) {
             let prefault = if config.prefault { libc::MAP_POPULATE } else { 0 };
-            let mut builder = MmapRegionBuilder::new_with_bitmap(
-                len as usize,
-                AtomicBitmap::new(
-                    len as usize,
-                    std::num::NonZeroUsize::new(PAGE_SIZE as usize).unwrap_or(std::num::NonZeroUsize::MIN),
-                ),
-            )
-            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE);
+            let mut builder = MmapRegionBuilder::new_with_bitmap(len as usize, DirtyPages::with_len(len as usize))
+                .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE);
             builder = match &file {
                 Some(file) => builder
                     .with_file_offset(FileOffset::from_arc(file.clone(), offset))
@@ -207,18 +201,24 @@ impl GuestRam {
 
     /// Appends the pages written since the last call, ascending, and clears both logs.
     pub fn harvest_dirty(&self, vm: &dyn Vm, out: &mut Vec<PageRange>) -> Result<(), Error> {
-        let mut log = vm.harvest_dirty()?;
+        let mut log = Vec::new();
+        vm.harvest_dirty(&mut log)?;
         for (slot, region) in self.slots.iter().zip(self.memory.iter()) {
-            let own = own_writes(region).get_and_reset();
-            let mut words = own;
-            words.resize((slot.size / PAGE_SIZE).div_ceil(64) as usize, 0);
-            if let Some(i) = log.iter().position(|b| b.slot == slot.slot) {
-                let vcpus = log.swap_remove(i);
-                for (word, vcpu) in words.iter_mut().zip(vcpus.words) {
-                    *word |= vcpu;
-                }
-            }
-            append_runs(slot, &words, out);
+            let slot_number = slot.slot;
+            own_writes(region).take(|index, bits| {
+                log.push(DirtyWord {
+                    slot: slot_number,
+                    index,
+                    bits,
+                });
+            });
+        }
+        // Two ascending stretches or a few, which is what this sort is quick with.
+        log.sort_by_key(|word| (word.slot, word.index));
+        for slot in &self.slots {
+            let first = log.partition_point(|word| word.slot < slot.slot);
+            let end = log.partition_point(|word| word.slot <= slot.slot);
+            append_runs(slot, &log[first..end], out);
         }
         Ok(())
     }
@@ -226,7 +226,7 @@ impl GuestRam {
     /// Forgets the VMM's own writes so far.
     pub fn clear_own_writes(&self) {
         for region in self.memory.iter() {
-            own_writes(region).reset();
+            own_writes(region).take(|_, _| ());
         }
     }
 
@@ -339,15 +339,17 @@ impl GuestRam {
     }
 }
 
-fn append_runs(slot: &MemorySlot, words: &[u64], out: &mut Vec<PageRange>) {
+/// Appends what `words`, ascending by index, say; an index may come twice.
+fn append_runs(slot: &MemorySlot, words: &[DirtyWord], out: &mut Vec<PageRange>) {
     let pages = slot.size / PAGE_SIZE;
     let mut run: Option<PageRange> = None;
-    for (w, word) in words.iter().enumerate() {
-        let mut rest = *word;
+    for same in words.chunk_by(|a, b| a.index == b.index) {
+        let index = same[0].index as u64;
+        let mut rest = same.iter().fold(0, |all, word| all | word.bits);
         while rest != 0 {
-            let bit = rest.trailing_zeros() as u64;
+            let bit = u64::from(rest.trailing_zeros());
             rest &= rest - 1;
-            let page = w as u64 * 64 + bit;
+            let page = index * 64 + bit;
             if page >= pages {
                 break;
             }
@@ -381,7 +383,9 @@ mod tests {
     #[test]
     fn runs_join_neighbours_across_words_and_ignore_bits_past_the_end() {
         let mut out = Vec::new();
-        append_runs(&slot(0x10_0000, 130), &[1 | 1 << 63, 0b11, u64::MAX], &mut out);
+        let word = |index, bits| DirtyWord { slot: 0, index, bits };
+        let words = [word(0, 1), word(0, 1 | 1 << 63), word(1, 0b11), word(2, u64::MAX)];
+        append_runs(&slot(0x10_0000, 130), &words, &mut out);
         let page = |n: u64| 0x10_0000 + n * PAGE_SIZE;
         assert_eq!(
             out,

@@ -13,8 +13,8 @@ use crate::machine::{MachineError, PAGE_SIZE};
 use crate::wire::frame::{self, EndMarker, Frame, OutFrame, encode};
 
 /// Frames that a checkpoint carries along: an answer that the dying primary could not send leaves from the backup. More
-/// than this is left to the guests' own retransmission.
-const FRAME_CAP: usize = 128 << 10;
+/// than this is a stream, whose retransmission finds out by what follows.
+const FRAME_CAP: usize = 32 << 10;
 
 /// Bytes after which frames are written.
 const BURST: u64 = 1 << 20;
@@ -62,7 +62,11 @@ impl Controller {
         let session = self.session.clone();
         let machine = &session.machine;
         let cut = session.interposer.cut();
+        self.encoder.sent.resize(lock(&session.limits).delta_cache_mib);
         let epoch_time = begin.saturating_duration_since(self.epoch_began);
+        let sent = &mut self.encoder.sent;
+        // Whether a page was written is found out by comparing it.
+        machine.hot_pages(sent.is_on(), &sent.take_cold())?;
         self.copy_written()?;
         let count = self.stage.pages();
         let bytes = count as usize * PAGE_SIZE;
@@ -136,7 +140,6 @@ impl Controller {
             }
             Ok::<(), io::Error>(())
         };
-        self.encoder.sent.resize(lock(&session.limits).delta_cache_mib);
         let (runs, content) = self.stage.content();
         let encoded = self.encoder.encode(marker.epoch, runs, content, false, &mut write)?;
         (marker.pages, marker.zero_pages, marker.line_pages) = (encoded.pages, encoded.zero_pages, encoded.line_pages);

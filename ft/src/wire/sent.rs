@@ -3,7 +3,7 @@
 //! The cache is a table that a page's number leads into directly; two pages with the same place compete for it. A page
 //! that is there is what the other side has, or will have when it has applied what was sent.
 
-use super::lines::difference;
+use super::lines::{PageLines, difference};
 use crate::machine::PAGE_SIZE;
 
 /// Of the pages that find another in their place, one in so many takes it. So a set of pages that is larger than the
@@ -25,72 +25,130 @@ pub enum How {
 /// Most lines of a page that are not sent as a whole page.
 const MOST_LINES: u32 = 48;
 
+/// A page that was written all over is looked at again only after so many times that it is written; twice as many each
+/// time that it was written all over again, up to 2 to the power of this.
+const MOST_STRIKES: u8 = 6;
+
+#[derive(Debug, Clone, Copy)]
+struct Place {
+    gpa: u64,
+    /// How often in a row it was written all over when it was looked at.
+    strikes: u8,
+    /// Times that it is sent whole without a look. Until they are over its content here is not what was sent.
+    skip: u8,
+    /// How often in a row it was as it was sent.
+    same: u8,
+}
+
+const VACANT: Place = Place {
+    gpa: NONE,
+    strikes: 0,
+    skip: 0,
+    same: 0,
+};
+
+/// So often in a row it must be the same to count as cold.
+const COLD: u8 = 64;
+
+/// Cold pages told at a time.
+const COLD_AT_ONCE: usize = 32;
+
 /// The cache.
 #[derive(Debug, Default)]
 pub struct SentPages {
-    /// Address of the page in each place.
-    pages: Vec<u64>,
+    places: Vec<Place>,
     /// Contents. Not touched before it is used, so that an idle VM's cache takes no memory.
     bytes: Vec<u8>,
     competed: u32,
+    cold: Vec<u64>,
 }
 
 impl SentPages {
+    /// Whether there is a cache.
+    pub fn is_on(&self) -> bool {
+        !self.places.is_empty()
+    }
+
+    /// Pages that came again and again although they were not changed.
+    pub fn take_cold(&mut self) -> Vec<u64> {
+        std::mem::take(&mut self.cold)
+    }
+
     /// Makes it `mib` MiB large, and empty if that is a change; 0: no cache.
     pub fn resize(&mut self, mib: u32) {
         let places = (mib as usize) << 20 >> PAGE_SIZE.trailing_zeros();
-        if places != self.pages.len() {
+        if places != self.places.len() {
             *self = Self {
-                pages: vec![NONE; places],
+                places: vec![VACANT; places],
                 bytes: vec![0; places * PAGE_SIZE],
                 competed: 0,
+                cold: Vec::new(),
             };
         }
     }
 
     fn place(&self, gpa: u64) -> Option<usize> {
-        let place = (gpa / PAGE_SIZE as u64).checked_rem(self.pages.len() as u64);
+        let place = (gpa / PAGE_SIZE as u64).checked_rem(self.places.len() as u64);
         place.map(|place| place as usize)
     }
 
     /// The page at `gpa` becomes `new`: how that is to be sent. It counts as sent from here on.
     pub fn update(&mut self, gpa: u64, new: &[u8; PAGE_SIZE]) -> How {
-        let Some(place) = self.place(gpa) else {
+        let Some(at) = self.place(gpa) else {
             return How::Whole;
         };
-        let Some(old) = self.bytes[place * PAGE_SIZE..].first_chunk_mut::<PAGE_SIZE>() else {
+        let Some(old) = self.bytes[at * PAGE_SIZE..].first_chunk_mut::<PAGE_SIZE>() else {
             return How::Whole;
         };
-        let holder = &mut self.pages[place];
-        if *holder == gpa {
-            let mask = difference(old, new);
-            if mask.count_ones() > MOST_LINES {
+        let place = &mut self.places[at];
+        if place.gpa != gpa {
+            if place.gpa != NONE {
+                self.competed = self.competed.wrapping_add(1);
+                if !self.competed.is_multiple_of(TAKES_OVER) {
+                    return How::Whole;
+                }
+            }
+            *place = Place { gpa, ..VACANT };
+            *old = *new;
+            return How::Whole;
+        }
+        if place.skip > 0 {
+            place.skip -= 1;
+            if place.skip == 0 {
                 *old = *new;
-                return How::Whole;
             }
-            for (address, len) in (super::lines::PageLines { gpa: 0, mask }).runs() {
-                let at = address as usize;
-                old[at..at + len].copy_from_slice(&new[at..at + len]);
-            }
-            return How::Lines(mask);
+            return How::Whole;
         }
-        if *holder != NONE {
-            self.competed = self.competed.wrapping_add(1);
-            if !self.competed.is_multiple_of(TAKES_OVER) {
-                return How::Whole;
+        let lines = PageLines {
+            gpa: 0,
+            mask: difference(old, new),
+        };
+        if lines.mask.count_ones() > MOST_LINES {
+            place.strikes = (place.strikes + 1).min(MOST_STRIKES);
+            place.skip = (1 << place.strikes) - 1;
+            return How::Whole;
+        }
+        place.strikes = 0;
+        place.same = if lines.mask == 0 { place.same + 1 } else { 0 };
+        if place.same == COLD {
+            place.same = 0;
+            if self.cold.len() < COLD_AT_ONCE {
+                self.cold.push(gpa);
             }
         }
-        *holder = gpa;
-        *old = *new;
-        How::Whole
+        for (address, len) in lines.runs() {
+            let at = address as usize;
+            old[at..at + len].copy_from_slice(&new[at..at + len]);
+        }
+        How::Lines(lines.mask)
     }
 
     /// The page at `gpa` becomes something that is not told here.
     pub fn forget(&mut self, gpa: u64) {
-        if let Some(place) = self.place(gpa)
-            && self.pages[place] == gpa
+        if let Some(at) = self.place(gpa)
+            && self.places[at].gpa == gpa
         {
-            self.pages[place] = NONE;
+            self.places[at] = VACANT;
         }
     }
 }
@@ -114,6 +172,7 @@ mod tests {
         assert_eq!(sent.update(0x3000, &page), How::Lines(0));
         page.fill(9);
         assert_eq!(sent.update(0x3000, &page), How::Whole);
+        assert_eq!(sent.update(0x3000, &page), How::Whole, "now it is remembered");
         assert_eq!(sent.update(0x3000, &page), How::Lines(0));
         sent.forget(0x3000);
         assert_eq!(sent.update(0x3000, &page), How::Whole);
@@ -121,6 +180,36 @@ mod tests {
         assert_eq!(sent.update(0x3000, &page), How::Lines(0));
         sent.resize(2);
         assert_eq!(sent.update(0x3000, &page), How::Whole);
+    }
+
+    #[test]
+    fn a_page_that_is_always_written_all_over_is_hardly_looked_at() {
+        let mut sent = SentPages::default();
+        sent.resize(1);
+        let page = |n: usize| [n as u8; PAGE_SIZE];
+        (0..1000).for_each(|n| assert_eq!(sent.update(0, &page(n)), How::Whole));
+        assert_eq!(sent.places[0].strikes, MOST_STRIKES);
+        // Sooner or later it is seen that it has become another sort of page.
+        let seen = (0..64).find(|_| sent.update(0, &page(7)) == How::Lines(0));
+        assert!(seen.is_some());
+        assert_eq!(sent.update(0, &page(7)), How::Lines(0));
+    }
+
+    #[test]
+    fn a_page_that_comes_unchanged_again_and_again_is_cold() {
+        let mut sent = SentPages::default();
+        assert!(!sent.is_on());
+        sent.resize(1);
+        let page = [7; PAGE_SIZE];
+        for _ in 0..=COLD {
+            assert_eq!(sent.take_cold(), []);
+            sent.update(0x5000, &page);
+        }
+        assert_eq!(sent.take_cold(), [0x5000]);
+        for n in 0..3 * COLD {
+            sent.update(0x5000, &[n / 2; PAGE_SIZE]);
+        }
+        assert_eq!(sent.take_cold(), []);
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! KVM's dirty ring (KVM API 8.29): each vCPU reports the pages that it wrote in a ring shared with this process.
 //!
-//! A ring belongs to its vCPU; whoever harvests collects all rings under one mutex into `words`, one bitmap per slot,
+//! A ring belongs to its vCPU; whoever harvests collects all rings under one mutex into `slots`, one bitmap per slot,
 //! and lets KVM protect the collected pages again. vCPUs whose ring is full collect by themselves and run on, so
 //! nothing outside of the backend knows which of the two logs is in use.
 //!
@@ -18,8 +18,9 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use kvm_bindings::{KVM_DIRTY_LOG_PAGE_OFFSET, kvm_dirty_gfn};
 use kvm_ioctls::{VcpuFd, VmFd};
 
+use super::hot::{Hot, NO_SLOT, Page};
 use crate::error::{Error, Result};
-use crate::{DirtyBitmap, MemorySlot, PAGE_SIZE};
+use crate::{DirtyWord, PAGE_SIZE};
 
 const GFN_DIRTY: u32 = 1;
 const GFN_RESET: u32 = 2;
@@ -65,8 +66,9 @@ impl Ring {
         })
     }
 
-    /// Takes every reported page; gives how many there were.
-    fn collect(&mut self, mut page: impl FnMut(u32, u64)) -> u32 {
+    /// Takes every reported page; gives how many there were. Those for which `page(slot, number)` says so are not
+    /// protected when the ring is reset.
+    fn collect(&mut self, mut page: impl FnMut(u32, u64) -> bool) -> u32 {
         let mut taken = 0;
         while taken < self.len {
             // SAFETY: `next` is below `len`, the mapping has `len` entries.
@@ -78,7 +80,10 @@ impl Ring {
             }
             // SAFETY: a dirty entry is not written by KVM until it was reset.
             let (slot, offset) = unsafe { ((*entry).slot, (*entry).offset) };
-            page(slot & 0xffff, offset);
+            if page(slot & 0xffff, offset) {
+                // SAFETY: as above; KVM reads it when the ring is reset, after `flags` said that it may.
+                unsafe { (*entry).slot = NO_SLOT };
+            }
             flags.store(GFN_RESET, Ordering::Release);
             self.next = (self.next + 1) % self.len;
             taken += 1;
@@ -94,14 +99,44 @@ impl Drop for Ring {
     }
 }
 
+/// The bitmap of a slot, and which of its words have bits.
+#[derive(Default)]
+struct SlotLog {
+    words: Vec<u64>,
+    used: Vec<usize>,
+}
+
+impl SlotLog {
+    fn set(&mut self, page: u64) {
+        let (index, bit) = ((page / 64) as usize, page % 64);
+        if self.words.len() <= index {
+            self.words.resize(index + 1, 0);
+        }
+        let word = &mut self.words[index];
+        if *word == 0 {
+            self.used.push(index);
+        }
+        *word |= 1 << bit;
+    }
+
+    /// Takes everything.
+    fn take(&mut self, mut f: impl FnMut(usize, u64)) {
+        self.used.sort_unstable();
+        for index in self.used.drain(..) {
+            f(index, std::mem::take(&mut self.words[index]));
+        }
+    }
+}
+
 #[derive(Default)]
 struct State {
     rings: Vec<Ring>,
-    words: BTreeMap<u32, Vec<u64>>,
+    slots: BTreeMap<u32, SlotLog>,
     /// Entries collected that KVM did not take back yet.
     open: u32,
     /// Pages may be written without being logged.
     incomplete: bool,
+    hot: Hot,
 }
 
 /// All signals of this thread are blocked as long as it lives; none is lost.
@@ -169,15 +204,17 @@ impl Rings {
     }
 
     fn collect_locked(&self, state: &mut State) -> Result<()> {
-        let State { rings, words, open, .. } = state;
+        let State {
+            rings,
+            slots,
+            open,
+            hot,
+            ..
+        } = state;
         for ring in rings {
             *open += ring.collect(|slot, page| {
-                let words = words.entry(slot).or_default();
-                let (word, bit) = ((page / 64) as usize, page % 64);
-                if words.len() <= word {
-                    words.resize(word + 1, 0);
-                }
-                words[word] |= 1 << bit;
+                slots.entry(slot).or_default().set(page);
+                hot.written((slot, page))
             });
         }
         if state.open == 0 {
@@ -202,26 +239,50 @@ impl Rings {
     /// Forgets what was logged. Every page was just protected anew.
     pub(super) fn restart(&self) -> Result<()> {
         let mut state = self.state();
+        // Before the rest is collected: a page that became hot now would stay writable, and be forgotten.
+        state.hot.clear();
         self.collect_locked(&mut state)?;
-        state.words.clear();
+        state.slots.values_mut().for_each(|log| log.take(|_, _| ()));
         state.incomplete = false;
         Ok(())
     }
 
-    /// Collects, then takes the bitmaps of `slots`.
-    pub(super) fn take<'a>(&self, slots: impl Iterator<Item = &'a MemorySlot>) -> Result<Vec<DirtyBitmap>> {
+    /// See [`crate::Vm::keep_hot`]. `protect` takes a page's mapping away from KVM for a moment.
+    pub(super) fn keep_hot(
+        &self,
+        most: usize,
+        cold: &[Page],
+        mut protect: impl FnMut(Page) -> Result<()>,
+    ) -> Result<()> {
+        let mut state = self.state();
+        let State { slots, hot, .. } = &mut *state;
+        hot.set_most(most);
+        let all = if most == 0 { hot.all() } else { Vec::new() };
+        for page in cold.iter().copied().chain(all) {
+            if hot.cool(page) {
+                // Written perhaps since the last harvest.
+                slots.entry(page.0).or_default().set(page.1);
+                protect(page)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Collects, then takes everything, ascending.
+    pub(super) fn take(&self, out: &mut Vec<DirtyWord>) -> Result<()> {
         let mut state = self.state();
         self.collect_locked(&mut state)?;
         if state.incomplete {
             return Err(Error::DirtyLog);
         }
-        let mut words = std::mem::take(&mut state.words);
-        Ok(slots
-            .map(|s| {
-                let mut words = words.remove(&s.slot).unwrap_or_default();
-                words.resize((s.size / PAGE_SIZE).div_ceil(64) as usize, 0);
-                DirtyBitmap { slot: s.slot, words }
-            })
-            .collect())
+        let State { slots, hot, .. } = &mut *state;
+        for (slot, page) in hot.harvest() {
+            slots.entry(slot).or_default().set(page);
+        }
+        for (slot, log) in slots {
+            let slot = *slot;
+            log.take(|index, bits| out.push(DirtyWord { slot, index, bits }));
+        }
+        Ok(())
     }
 }

@@ -11,6 +11,7 @@ use crate::error::{Error, Result, ioctl};
 use crate::{Capabilities, CpuIdEntry, Hypervisor, Vm, VmOptions};
 
 mod dirty;
+mod hot;
 mod kick;
 mod vcpu;
 mod vm;

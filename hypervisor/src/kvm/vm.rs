@@ -18,7 +18,8 @@ use super::dirty::Rings;
 use super::vcpu::KvmVcpu;
 use crate::error::{Error, Result, ioctl};
 use crate::{
-    Capabilities, ClockState, DirtyBitmap, IoEventAddress, MemorySlot, MsiMessage, MsiRoute, Vcpu, Vm, VmOptions,
+    Capabilities, ClockState, DirtyWord, IoEventAddress, MemorySlot, MsiMessage, MsiRoute, PAGE_SIZE, Vcpu, Vm,
+    VmOptions,
 };
 
 const TSS_ADDRESS: usize = 0xfffb_d000;
@@ -108,6 +109,21 @@ impl KvmVm {
     }
 }
 
+/// Takes a page of RAM away from KVM, which maps it anew, protected, at the guest's next access.
+fn unmap_for_a_moment(host_addr: u64) -> Result<()> {
+    for protection in [libc::PROT_READ, libc::PROT_READ | libc::PROT_WRITE] {
+        // SAFETY: the page is part of a slot, which stays mapped and writable (see `MemorySlot::host_addr`); that nobody
+        // writes it meanwhile is the contract of `Vm::keep_hot`. Content is not changed.
+        if unsafe { libc::mprotect(host_addr as *mut libc::c_void, PAGE_SIZE as usize, protection) } != 0 {
+            return Err(Error::Ioctl {
+                what: "protect a page of RAM",
+                source: std::io::Error::last_os_error(),
+            });
+        }
+    }
+    Ok(())
+}
+
 fn io_address(addr: IoEventAddress) -> kvm_ioctls::IoEventAddress {
     match addr {
         IoEventAddress::Pio(port) => kvm_ioctls::IoEventAddress::Pio(port),
@@ -135,7 +151,7 @@ impl Vm for KvmVm {
         // What was collected in an earlier round of logging does not count.
         match &self.rings {
             Some(rings) => rings.restart(),
-            None => self.harvest_dirty().map(|_| ()),
+            None => self.harvest_dirty(&mut Vec::new()),
         }
     }
 
@@ -143,26 +159,42 @@ impl Vm for KvmVm {
         self.log(false)
     }
 
-    fn harvest_dirty(&self) -> Result<Vec<DirtyBitmap>> {
+    fn harvest_dirty(&self, out: &mut Vec<DirtyWord>) -> Result<()> {
         let slots = self.slots();
         if !slots.logging {
-            return Ok(Vec::new());
+            return Ok(());
         }
         if let Some(rings) = &self.rings {
-            return rings.take(slots.slots.values().filter(|s| !s.readonly));
+            return rings.take(out);
         }
-        slots
-            .slots
-            .values()
-            .filter(|s| !s.readonly)
-            .map(|s| {
-                let words = self
-                    .vm
-                    .get_dirty_log(s.slot, s.size as usize)
-                    .map_err(ioctl("read the dirty log"))?;
-                Ok(DirtyBitmap { slot: s.slot, words })
-            })
-            .collect()
+        for slot in slots.slots.values().filter(|s| !s.readonly) {
+            let words = self.vm.get_dirty_log(slot.slot, slot.size as usize);
+            let words = words.map_err(ioctl("read the dirty log"))?;
+            let word = |(index, bits)| DirtyWord {
+                slot: slot.slot,
+                index,
+                bits,
+            };
+            out.extend(words.into_iter().enumerate().map(word).filter(|word| word.bits != 0));
+        }
+        Ok(())
+    }
+
+    fn keep_hot(&self, most: usize, cold: &[u64]) -> Result<()> {
+        let Some(rings) = &self.rings else {
+            return Ok(());
+        };
+        let slots = self.slots();
+        let page = |gpa: &u64| {
+            let inside = |s: &&MemorySlot| *gpa >= s.guest_addr && gpa - s.guest_addr < s.size;
+            let slot = slots.slots.values().find(inside)?;
+            Some((slot.slot, (gpa - slot.guest_addr) / PAGE_SIZE))
+        };
+        let cold: Vec<_> = cold.iter().filter_map(page).collect();
+        rings.keep_hot(most, &cold, |(slot, page)| match slots.slots.get(&slot) {
+            Some(slot) => unmap_for_a_moment(slot.host_addr + page * PAGE_SIZE),
+            None => Ok(()),
+        })
     }
 
     fn create_vcpu(&self, id: u8) -> Result<Box<dyn Vcpu>> {

@@ -1,4 +1,4 @@
-//! The kernel command line: `ip=192.168.100.2/24 gw=192.168.100.1 kv=0|1 poll=1`. Unknown words are left alone.
+//! The kernel command line: `ip=192.168.100.2/24 gw=192.168.100.1 kv=0|1 poll=1 window=256`. Unknown words are left alone.
 
 /// What the command line says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -11,6 +11,8 @@ pub struct Options {
     pub kv: bool,
     /// Poll instead of waiting for interrupts.
     pub poll: bool,
+    /// KiB of the buffers of streams, 16 to 4,096.
+    pub window: usize,
 }
 
 impl Default for Options {
@@ -20,6 +22,7 @@ impl Default for Options {
             gateway: None,
             kv: true,
             poll: false,
+            window: 256,
         }
     }
 }
@@ -47,6 +50,10 @@ pub fn parse(line: &str) -> Result<Options, &str> {
                 options.ip = address(ip).zip(prefix).ok_or(word)?;
             }
             "gw" => options.gateway = Some(address(value).ok_or(word)?),
+            "window" => {
+                let kib = value.parse().ok().filter(|kib| (16..=4096).contains(kib));
+                options.window = kib.ok_or(word)?;
+            }
             "kv" | "poll" => {
                 let on = match value {
                     "0" => false,
@@ -72,12 +79,13 @@ mod tests {
     #[test]
     fn words() {
         assert_eq!(parse(""), Ok(Options::default()));
-        let all = parse("console=ttyS0 ip=10.0.2.15/24  gw=10.0.2.2 kv=0 poll=1 quiet");
+        let all = parse("console=ttyS0 ip=10.0.2.15/24  gw=10.0.2.2 kv=0 poll=1 window=2048 quiet");
         let expected = Options {
             ip: ([10, 0, 2, 15], 24),
             gateway: Some([10, 0, 2, 2]),
             kv: false,
             poll: true,
+            window: 2048,
         };
         assert_eq!(all, Ok(expected));
         assert_eq!(parse("ip=1.2.3.4").map(|o| o.ip), Ok(([1, 2, 3, 4], 24)));
@@ -90,6 +98,9 @@ mod tests {
             "gw=x",
             "kv=2",
             "poll=",
+            "window=15",
+            "window=5000",
+            "window=x",
         ] {
             assert_eq!(parse(bad), Err(bad));
         }

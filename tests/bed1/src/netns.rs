@@ -46,11 +46,10 @@ fn ip(args: &str) -> Result<()> {
     run("ip", &args.split_whitespace().collect::<Vec<_>>()).map(|_| ())
 }
 
-/// Bounds what the client's kernel buffers for a stream, so that a stream that stands still shows at once.
-fn small_buffers() -> io::Result<()> {
-    // These two are of the namespace of the thread that writes them.
-    std::fs::write("/proc/sys/net/ipv4/tcp_rmem", "4096 131072 262144")?;
-    std::fs::write("/proc/sys/net/ipv4/tcp_wmem", "4096 65536 262144")
+/// Sets the most that the kernel buffers for a TCP connection, in the namespace of the calling thread.
+fn set_buffers(receive: u32, send: u32) -> io::Result<()> {
+    std::fs::write("/proc/sys/net/ipv4/tcp_rmem", format!("4096 131072 {receive}"))?;
+    std::fs::write("/proc/sys/net/ipv4/tcp_wmem", format!("4096 65536 {send}"))
 }
 
 /// The namespaces; removed when dropped, and with them every tap, bridge and veth.
@@ -94,9 +93,15 @@ impl Network {
         ip(&format!("-n {b} addr add {B_LOG_IP}/24 dev log0"))?;
         ip(&format!("-n {a} link set log0 up"))?;
         ip(&format!("-n {b} link set log0 up"))?;
-        this.within("c", small_buffers)
+        // Little, so that a stream that stands still shows at once.
+        this.within("c", || set_buffers(256 << 10, 256 << 10))
             .context("socket buffers of the client")?;
         Ok(this)
+    }
+
+    /// The client buffers as much as Linux does by itself: for streams that are to be fast.
+    pub fn usual_buffers(&self) -> io::Result<()> {
+        self.within("c", || set_buffers(6 << 20, 4 << 20))
     }
 
     /// Name of the namespace of side `a`, `b` or `c` (client).

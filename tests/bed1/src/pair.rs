@@ -27,6 +27,8 @@ pub struct Options {
     pub memory_mib: u64,
     /// Disk in MiB.
     pub disk_mib: u64,
+    /// Disks beside that one, as large, which the guest leaves alone.
+    pub idle_disks: u32,
     /// Further words of the guest's command line.
     pub cmdline: String,
     /// Silence after which the other side counts as dead. Longer than the product's default, so that a machine that is
@@ -48,6 +50,7 @@ impl Default for Options {
             vcpus: 2,
             memory_mib: 256,
             disk_mib: 16,
+            idle_disks: 0,
             cmdline: String::new(),
             heartbeat_timeout_ms: 3000,
             limits: Vec::new(),
@@ -193,10 +196,21 @@ impl Bed {
         self.new_disk(side)
     }
 
-    /// Makes a host's disk anew, empty.
+    /// Makes a host's disks anew, empty.
     pub fn new_disk(&self, side: Side) -> Result<()> {
-        File::create(self.disk(side))?.set_len(self.options.disk_mib << 20)?;
+        let idle = self.idle_disks(side).into_iter().map(|(_, path)| path);
+        for path in idle.chain([self.disk(side)]) {
+            File::create(path)?.set_len(self.options.disk_mib << 20)?;
+        }
         Ok(())
+    }
+
+    /// Ids and files of the disks that the guest leaves alone.
+    fn idle_disks(&self, side: Side) -> Vec<(String, PathBuf)> {
+        let file = |n| self.dir.join(format!("{}-idle{n}.img", side.name()));
+        (0..self.options.idle_disks)
+            .map(|n| (format!("idle{n}"), file(n)))
+            .collect()
     }
 
     /// `file:DIR` of the arbiter.
@@ -222,8 +236,11 @@ impl Bed {
             ("--console", "off".into()),
             ("--ft-arbiter", self.arbiter()),
         ];
+        let idle = self.idle_disks(side).into_iter();
+        let idle = idle.map(|(id, path)| ("--disk", format!("path={},id={id}", path.display())));
         Ok(args
             .into_iter()
+            .chain(idle)
             .flat_map(|(option, value)| [option.to_string(), value])
             .collect())
     }
@@ -281,10 +298,12 @@ impl Bed {
         let args = [
             "ft", "receive", peer, "--disk", &disk, "--net", &net, "--serial", &serial,
         ];
-        let security = self.security(host.side);
-        let security: Vec<&str> = security.iter().map(String::as_str).collect();
+        let idle = self.idle_disks(host.side).into_iter();
+        let idle = idle.flat_map(|(id, path)| ["--disk".into(), format!("id={id},path={}", path.display())]);
+        let more: Vec<String> = self.security(host.side).into_iter().chain(idle).collect();
+        let more: Vec<&str> = more.iter().map(String::as_str).collect();
         host.vmm
-            .remote(&[&args[..], &["--arbiter", &arbiter], &security].concat())?;
+            .remote(&[&args[..], &["--arbiter", &arbiter], &more].concat())?;
         host.peer = peer.into();
         Ok(())
     }

@@ -2,6 +2,7 @@
 
 mod measure;
 mod page;
+mod scaling;
 mod suite;
 
 use std::path::PathBuf;
@@ -13,28 +14,21 @@ use bed1::report::Table;
 use clap::Parser;
 use serde_json::json;
 
-use measure::Outcome;
+use measure::{Outcome, Setup};
 
 /// Measures what FT costs, and what it does, by load.
 #[derive(Parser)]
 struct Args {
     #[command(flatten)]
     only: Only,
-    /// Times that FT is off and on for each load.
-    #[arg(long, default_value_t = 3)]
-    rounds: u32,
-    /// Seconds of each time.
-    #[arg(long, default_value_t = 3.0)]
-    seconds: f64,
+    #[command(flatten)]
+    setup: Setup,
     /// Takeovers after a kill, and after silence; 0: none.
     #[arg(long, default_value_t = 10)]
     failovers: u32,
-    /// Limits of FT as KEY=VALUE, as for `ch-remote ft enable`.
-    #[arg(long, value_name = "KEY=VALUE", num_args = 1..)]
-    limits: Vec<String>,
-    /// The log channel is TLS.
+    /// Instead: some loads with more and more vCPUs, RAM, disks, and pairs of VMs.
     #[arg(long)]
-    tls: bool,
+    scaling: bool,
     /// Writes all figures as JSON into this file.
     #[arg(long)]
     json: Option<PathBuf>,
@@ -62,10 +56,14 @@ fn run(args: &Args) -> Result<()> {
         return Ok(());
     }
     args.only.check("load", all.iter().map(|load| load.name))?;
+    if args.scaling {
+        let curves = scaling::run(&all, args)?;
+        return write(args, &scaling::json(&curves), &scaling::html(&curves));
+    }
     let mut outcomes = Vec::new();
     for load in all.iter().filter(|load| args.only.has(load.name)) {
         eprintln!("==> {}: {}", load.name, load.what);
-        let outcome = measure::run(load, args).with_context(|| load.name)?;
+        let outcome = measure::run(load, &args.setup).with_context(|| load.name)?;
         println!("{}\n{}", load.name, outcome.table());
         outcomes.push(outcome);
     }
@@ -80,18 +78,23 @@ fn run(args: &Args) -> Result<()> {
         None
     };
     let figures = json!({
-        "rounds": args.rounds,
-        "seconds": args.seconds,
-        "tls": args.tls,
-        "limits": args.limits,
+        "rounds": args.setup.rounds,
+        "seconds": args.setup.seconds,
+        "tls": args.setup.tls,
+        "limits": args.setup.limits,
         "loads": outcomes.iter().map(Outcome::json).collect::<Vec<_>>(),
         "failovers": gaps,
     });
+    write(args, &figures, &page::html(&outcomes, gaps.as_ref()))
+}
+
+/// The files that were asked for.
+fn write(args: &Args, figures: &serde_json::Value, page: &str) -> Result<()> {
     if let Some(path) = &args.json {
         std::fs::write(path, format!("{figures:#}")).with_context(|| path.display().to_string())?;
     }
     if let Some(path) = &args.html {
-        std::fs::write(path, page::html(&outcomes, gaps.as_ref())).with_context(|| path.display().to_string())?;
+        std::fs::write(path, page).with_context(|| path.display().to_string())?;
     }
     Ok(())
 }

@@ -8,19 +8,46 @@ use bed1::loads::{self, Loads};
 use bed1::pair::{Bed, Host, Options, Side};
 use bed1::proxied::{LIMIT, Proxied};
 use bed1::report::Table;
+use clap::Args;
 use load::control::Status;
 use load::stats::Summary;
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use crate::Args;
 use crate::suite::{Metric, Workload};
 
 /// Time that a change of FT is given before it is measured.
 const SETTLE: Duration = Duration::from_millis(500);
 
-/// RAM of the guest in MiB.
-const RAM: u64 = 512;
+/// Guests with at least this much RAM, in MiB, get streams with buffers as large as Linux gives them: what a stream may
+/// have under way bounds it when the other side's answers are held for an epoch.
+const WIDE: u64 = 512;
+
+/// How loads are measured.
+#[derive(Debug, Clone, Args)]
+pub struct Setup {
+    /// Times that FT is off and on for each load.
+    #[arg(long, default_value_t = 3)]
+    pub rounds: u32,
+    /// Seconds of each time.
+    #[arg(long, default_value_t = 3.0)]
+    pub seconds: f64,
+    /// vCPUs of the guest.
+    #[arg(long, default_value_t = 2)]
+    pub vcpus: u32,
+    /// RAM of the guest in MiB.
+    #[arg(long, value_name = "MIB", default_value_t = 512)]
+    pub memory: u64,
+    /// Disks of the guest; it uses one.
+    #[arg(long, default_value_t = 1)]
+    pub disks: u32,
+    /// Limits of FT as KEY=VALUE, as for `ch-remote ft enable`.
+    #[arg(long, value_name = "KEY=VALUE", num_args = 1..)]
+    pub limits: Vec<String>,
+    /// The log channel is TLS.
+    #[arg(long)]
+    pub tls: bool,
+}
 
 /// What was seen in one stretch of time.
 #[derive(Debug, Clone, Default)]
@@ -50,6 +77,8 @@ pub struct Outcome {
     on: Vec<Window>,
     /// MiB that the primary uses beyond guest RAM, off and on.
     memory: (f64, f64),
+    /// Time from `ft enable` to protection, in ms.
+    protect: Vec<f64>,
 }
 
 /// Processor time of a process so far.
@@ -116,25 +145,30 @@ fn window(load: &Workload, primary: &Host, backup: &Host, loads: &mut Loads, sec
 }
 
 /// Measures a load.
-pub fn run(load: &Workload, args: &Args) -> Result<Outcome> {
-    let (rounds, seconds) = (args.rounds.max(1), args.seconds);
+pub fn run(load: &Workload, setup: &Setup) -> Result<Outcome> {
+    let (rounds, seconds) = (setup.rounds.max(1), setup.seconds);
+    let wide = setup.memory >= WIDE;
     let mut bed = Bed::new(Options {
-        memory_mib: RAM,
+        vcpus: setup.vcpus,
+        memory_mib: setup.memory,
         disk_mib: 64,
-        limits: args.limits.clone(),
-        tls: args.tls,
+        idle_disks: setup.disks.saturating_sub(1),
+        limits: setup.limits.clone(),
+        tls: setup.tls,
+        cmdline: if wide { "window=2048".into() } else { String::new() },
         ..Options::default()
     })?;
+    bed.network.usual_buffers()?;
     let mut primary = bed.boot(Side::A)?;
     let mut backup = bed.backup(Side::B)?;
     let mut loads = Loads::start(&bed, &loads::model(&bed), &load.loads)?;
-    let (mut off, mut on, mut memory) = (Vec::new(), Vec::new(), (0.0, 0.0));
+    let (mut off, mut on, mut memory, mut protect) = (Vec::new(), Vec::new(), (0.0, 0.0), Vec::new());
     for round in 0..rounds {
         off.push(window(load, &primary, &backup, &mut loads, seconds)?);
         if round == 0 {
             memory.0 = primary.vmm.memory_mib()?;
         }
-        bed.protect(&mut primary, &mut backup)?;
+        protect.push(bed.protect(&mut primary, &mut backup)?.as_secs_f64() * 1e3);
         let mut protected = window(load, &primary, &backup, &mut loads, seconds)?;
         let info = primary.vmm.ft_info()?;
         ensure!(info["state"] == "protected", "protection ended: {}", info["reason"]);
@@ -154,6 +188,7 @@ pub fn run(load: &Workload, args: &Args) -> Result<Outcome> {
         off,
         on,
         memory,
+        protect,
     })
 }
 
@@ -248,6 +283,7 @@ impl Outcome {
             "MiB",
             Summary::of(&[self.memory.1 - self.memory.0]),
         ));
+        figures.push(("time to protect", "ms", Summary::of(&self.protect)));
         figures
     }
 

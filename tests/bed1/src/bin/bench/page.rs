@@ -15,7 +15,7 @@ fn escape(text: &str) -> String {
 }
 
 /// Points joined by a line, on axes from 0 on.
-fn curve(title: &str, x: &str, y: &str, points: &[(f64, f64)]) -> String {
+pub fn curve(title: &str, x: &str, y: &str, points: &[(f64, f64)]) -> String {
     let mut points: Vec<(f64, f64)> = points
         .iter()
         .copied()
@@ -65,13 +65,17 @@ fn curve(title: &str, x: &str, y: &str, points: &[(f64, f64)]) -> String {
     svg + "</svg>"
 }
 
+/// How every page begins.
+pub fn head() -> String {
+    "<!doctype html><html lang=\"en\"><meta charset=\"utf-8\"><title>What fault tolerance costs</title>\
+     <style>body{font-family:sans-serif;max-width:70em;margin:auto}</style><h1>What fault tolerance costs</h1>\
+     <p>FT off and on in turns on the same guest; median (least - most) of the rounds.</p>"
+        .into()
+}
+
 /// The whole page.
 pub fn html(outcomes: &[Outcome], gaps: Option<&Gaps>) -> String {
-    let mut page = String::from(
-        "<!doctype html><html lang=\"en\"><meta charset=\"utf-8\"><title>What fault tolerance costs</title>\
-         <style>body{font-family:sans-serif;max-width:70em;margin:auto}</style><h1>What fault tolerance costs</h1>\
-         <p>FT off and on in turns on the same guest; median (least - most) of the rounds.</p>",
-    );
+    let mut page = head();
     let pauses: Vec<(f64, f64)> = outcomes.iter().map(Outcome::pause).collect();
     page += &curve("Pause of an epoch", "dirty pages (median)", "ms (median)", &pauses);
     let rates: Vec<(f64, f64)> = outcomes
