@@ -236,7 +236,10 @@ impl Controller {
                 session.machine.release(outputs);
             }
             drop(order);
-            session.write_all();
+            if !session.write_all() {
+                // The guest took it for done: it cannot go on without.
+                return self.stop("FT was shut down before shared disks had taken everything");
+            }
             if let Err(e) = session.machine.detach() {
                 problem("taking the interposer away", e);
             }

@@ -199,17 +199,20 @@ impl Session {
     }
 
     /// The controller, when the VM goes on alone: everything that is held is carried out. The VM stands still.
-    pub(super) fn write_all(&self) {
+    /// `false`: FT is shut down before it is done.
+    pub(super) fn write_all(&self) -> bool {
         if !self.disks.any() {
-            return;
+            return true;
         }
         let goes_on = || !self.quit.load(Ordering::SeqCst);
         self.claim_disks(&goes_on);
-        if !self.write(u64::MAX, &goes_on) {
+        let done = self.write(u64::MAX, &goes_on);
+        if !done {
             let bytes = self.interposer.unwritten();
             log::error!("ft: the VM ends here with {bytes} bytes that shared disks did not take");
         }
         self.disks.wake();
+        done
     }
 
     /// Takes the locks back that were given to nobody. The core knows by now that the VM goes on here, so they are not

@@ -107,6 +107,21 @@ impl Primary {
         self.session.info()
     }
 
+    /// Why the VM does not go on yet although FT has ended.
+    pub fn unfinished(&self) -> Option<String> {
+        let session = &self.session;
+        let ended = lock(&session.core).is_over() && !session.is_finished();
+        ended.then(|| {
+            let (bytes, why) = (session.interposer.unwritten(), session.disks.trouble());
+            let why = why.unwrap_or_else(|| "it is being written".into());
+            format!("FT has ended, and {bytes} bytes wait for shared disks: {why}")
+        })
+    }
+
+    fn finished(&self) -> Result<(), Error> {
+        self.unfinished().map_or(Ok(()), |why| Err(Error::Ended(why)))
+    }
+
     /// Ends FT: the backup first promises not to take over, then outputs held are released and the VM runs on as an
     /// ordinary one. Also for a VM that ends by its owner's will.
     pub fn disable(&self) -> Result<(), Error> {
@@ -115,7 +130,7 @@ impl Primary {
             FtState::Disabled | FtState::Stopped => {
                 // Decided, but perhaps not done yet.
                 self.session.wait_end(PATIENCE);
-                return Ok(());
+                return self.finished();
             }
             FtState::WaitingForArbiter => {
                 let reason = status.reason.unwrap_or_default();
@@ -133,7 +148,7 @@ impl Primary {
         self.session.wait_end(PATIENCE);
         let status = lock(&self.session.core).status();
         match status.state {
-            FtState::Disabled | FtState::Solo | FtState::Failed => Ok(()),
+            FtState::Disabled | FtState::Solo | FtState::Failed => self.finished(),
             state => {
                 let reason = status.reason.unwrap_or_default();
                 Err(Error::Ended(format!(

@@ -193,6 +193,10 @@ impl Session {
         }
     }
 
+    pub(super) fn is_finished(&self) -> bool {
+        lock(&self.mailbox).finished
+    }
+
     pub(super) fn finish(&self) {
         lock(&self.mailbox).finished = true;
         self.ended.notify_all();
@@ -451,7 +455,8 @@ impl Session {
         let mut info = FtInfo::disabled();
         lock(&self.metrics).report(&mut info);
         let status = self.status();
-        let core = lock(&self.core);
+        let mut core = lock(&self.core);
+        core.note_held(self.interposer.unwritten());
         (info.lag_bytes, info.run_percent) = (core.lag(), core.percent());
         drop(core);
         info.role = if status.state == FtState::Disabled {

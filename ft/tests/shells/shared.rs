@@ -333,3 +333,35 @@ fn r3_who_waits_for_shared_disks_finds_everything_on_them() {
     });
     assert_eq!(san.inner().flushed[7..13], *b"before");
 }
+
+#[test]
+fn r3_disable_does_not_let_the_vm_go_on_without_what_a_broken_disk_did_not_take() {
+    let (mut bed, san) = bed();
+    bed.protect();
+    san.inner().broken = true;
+    bed.vm.write_shared_disk(5, b"late");
+    std::thread::scope(|scope| {
+        let disabled = scope.spawn(|| bed.primary().disable());
+        eventually("the wait", || {
+            bed.primary().unfinished().is_some_and(|why| why.contains("fabric"))
+        });
+        assert!(bed.vm.is_paused());
+        san.inner().broken = false;
+        disabled.join().unwrap().unwrap();
+    });
+    assert!(!bed.vm.is_paused() && bed.primary().unfinished().is_none());
+    assert_eq!(san.bytes()[5..9], *b"late");
+    // Ended in the middle of it, the VM stops.
+    bed.new_backup();
+    bed.protect();
+    san.inner().broken = true;
+    bed.vm.write_shared_disk(5, b"last");
+    std::thread::scope(|scope| {
+        let disabled = scope.spawn(|| bed.primary().disable());
+        eventually("the wait", || bed.primary().unfinished().is_some());
+        bed.primary().give_up();
+        drop(disabled.join().unwrap());
+    });
+    assert!(bed.vm.stop_reason().is_some_and(|why| why.contains("shared disks")));
+    assert_eq!(san.bytes()[5..9], *b"late");
+}

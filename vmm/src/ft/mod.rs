@@ -190,6 +190,11 @@ fn allow_arbiter(landlock: &Landlock, description: Option<&str>) {
 /// Why no new session can begin, when the present one is at work.
 fn in_use(session: &Session) -> Option<String> {
     use ft::config::FtState::*;
+    if let Session::Primary(primary) = session
+        && let Some(why) = primary.unfinished()
+    {
+        return Some(why);
+    }
     let info = match session {
         Session::Off => return None,
         Session::Primary(primary) => primary.info(),
