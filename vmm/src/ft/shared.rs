@@ -111,6 +111,7 @@ impl SharedBlock {
         }
         // SAFETY: the caller's promise about the iovecs is passed on unchanged.
         self.inner
+            // SAFETY: the caller's promise about the iovecs is passed on unchanged.
             .with(|inner| unsafe { inner.submit(tag, BlockOp::Read { offset }, iovecs) })??;
         if held > 0 {
             self.patches.insert(tag, patch);

@@ -1,5 +1,6 @@
 //! What fault tolerance costs: the same guest under the same load with FT off and on, in turns, in one go.
 
+mod bound;
 mod measure;
 mod page;
 mod scaling;

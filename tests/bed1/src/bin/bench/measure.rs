@@ -14,6 +14,7 @@ use load::stats::Summary;
 use serde::Serialize;
 use serde_json::{Value, json};
 
+use crate::bound;
 use crate::suite::{Metric, Workload};
 
 /// Time that a change of FT is given before it is measured.
@@ -79,6 +80,8 @@ pub struct Outcome {
     memory: (f64, f64),
     /// Time from `ft enable` to protection, in ms.
     protect: Vec<f64>,
+    /// Round trips of the log channel's network alone, in ms.
+    round_trips: Summary,
 }
 
 /// Processor time of a process so far.
@@ -159,6 +162,7 @@ pub fn run(load: &Workload, setup: &Setup) -> Result<Outcome> {
         ..Options::default()
     })?;
     bed.network.usual_buffers()?;
+    let round_trips = bound::round_trips(&bed.network)?;
     let mut primary = bed.boot(Side::A)?;
     let mut backup = bed.backup(Side::B)?;
     let mut loads = Loads::start(&bed, &loads::model(&bed), &load.loads)?;
@@ -189,6 +193,7 @@ pub fn run(load: &Workload, setup: &Setup) -> Result<Outcome> {
         on,
         memory,
         protect,
+        round_trips,
     })
 }
 
@@ -260,6 +265,11 @@ impl Outcome {
             figures.push(("added latency p99", "ms", self.added(|l| l.p99)));
         }
         let on = |f: &dyn Fn(&Window) -> f64| of(&self.on, f);
+        figures.push((
+            "least: pause p50 + round trip of the log channel p50",
+            "ms",
+            on(&|w| info(w, "pause_ms", "p50") + self.round_trips.median),
+        ));
         figures.push(("epochs", "/s", on(&|w| 1000.0 / info(w, "epoch_ms", "mean").max(1e-3))));
         figures.push(("dirty pages per epoch p50", "", on(&|w| info(w, "dirty_pages", "p50"))));
         figures.push(("pause p50", "ms", on(&|w| info(w, "pause_ms", "p50"))));
