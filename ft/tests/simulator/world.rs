@@ -102,8 +102,9 @@ pub const ACTIVE: u64 = ms(900);
 const SETTLED: u64 = ms(8_000);
 /// A backup that never got a whole epoch is more patient.
 const SYNCING: u64 = ms(13_000);
-/// When a pair that is at peace may be left alone: every silence would have been noticed.
-const QUIET: u64 = ms(3_500);
+/// When a pair that is at peace may be left alone: every silence would have been noticed, and a loser of before has
+/// asked an arbiter that it did not reach for long.
+const QUIET: u64 = ms(4_500);
 
 pub struct World {
     pub now: u64,

@@ -109,7 +109,6 @@ impl SharedBlock {
             self.done.push(BlockCompletion { tag, result });
             return Ok(());
         }
-        // SAFETY: the caller's promise about the iovecs is passed on unchanged.
         self.inner
             // SAFETY: the caller's promise about the iovecs is passed on unchanged.
             .with(|inner| unsafe { inner.submit(tag, BlockOp::Read { offset }, iovecs) })??;
