@@ -182,6 +182,8 @@ fn types() -> BTreeMap<&'static str, BTreeSet<String>> {
             ("FtDiskOverride", names::<ft::config::FtDiskOverride>()),
             ("FtNetOverride", names::<ft::config::FtNetOverride>()),
             ("FtDurability", names::<ft::config::FtDurability>()),
+            ("FtAudit", names::<ft::config::FtAudit>()),
+            ("FtAuditInfo", names::<ft::config::FtAuditInfo>()),
             ("FtTls", names::<ft::config::FtTls>()),
             ("FtEnableConfig", names::<ft::config::FtEnableConfig>()),
             ("FtLimits", names::<ft::config::FtLimits>()),
@@ -190,6 +192,7 @@ fn types() -> BTreeMap<&'static str, BTreeSet<String>> {
             ("FtRole", names::<ft::config::FtRole>()),
             ("FtStat", names::<ft::config::FtStat>()),
             ("FtProgress", names::<ft::config::FtProgress>()),
+            ("FtReprotection", names::<ft::reprotect::FtReprotection>()),
             ("FtInfo", names::<ft::config::FtInfo>()),
         ])
         .collect();

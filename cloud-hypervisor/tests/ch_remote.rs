@@ -202,6 +202,7 @@ fn errors_tell_what_to_do() {
 #[cfg(feature = "ft")]
 mod fault_tolerance {
     use ft::config::{FtInfo, FtLimits, FtRole, FtState};
+    use ft::reprotect::FtReprotection;
 
     use super::*;
 
@@ -258,6 +259,36 @@ mod fault_tolerance {
         );
         let arbiter = config.arbiter.as_deref().unwrap();
         assert!(arbiter.starts_with("file:/") && arbiter.ends_with("/a"), "{arbiter}");
+    }
+
+    #[test]
+    fn spares_are_a_list_and_enable_waits_while_they_are_tried() {
+        let mut failed = info(FtState::Failed);
+        failed.reason = Some("the backup's disk is full".into());
+        failed.reprotection = Some(FtReprotection {
+            attempts: 3,
+            trying: Some("tcp:c:1".into()),
+            ..FtReprotection::default()
+        });
+        let bed = with_script(vec![failed.clone(), failed, info(FtState::Protected)]);
+        let enable = ["ft", "enable", "--peer", "tcp:b:1"];
+        let spares = ["--auto-reprotect", "--spares", "tcp:c:1,unix:/d", "tcp:e:1"];
+        let output = bed.run(&[&enable[..], &spares].concat());
+        let told = text(&output.stderr);
+        assert!(output.status.success(), "{told}");
+        assert!(
+            told.contains("failed: the backup's disk is full; 3 attempts, asking tcp:c:1"),
+            "{told}"
+        );
+        let requests = bed.vmm.requests.lock().unwrap().clone();
+        let Request::FtEnable(config) = &requests[0] else {
+            panic!("{requests:?}")
+        };
+        assert!(config.auto_reprotect);
+        assert_eq!(config.spares, ["tcp:c:1", "unix:/d", "tcp:e:1"]);
+        let bad = bed.fails(&[&enable[..], &["--auto-reprotect", "--spares", "c:1"]].concat());
+        assert!(bad.contains("c:1"), "{bad}");
+        bed.ends(&[&enable[..], &["--spares", "tcp:c:1"]].concat(), 2);
     }
 
     #[test]

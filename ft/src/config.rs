@@ -1,8 +1,13 @@
 //! Settings and reports of FT, in the JSON of the REST API.
 
+mod audit;
+
 use std::path::PathBuf;
 
+pub use audit::{FtAudit, FtAuditInfo};
 use serde::{Deserialize, Serialize};
+
+use crate::reprotect::{FtReprotection, Reprotect};
 
 /// Body of PUT vm.ft-receive: wait for a primary.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -77,6 +82,18 @@ pub struct FtDiskOverride {
     pub id: String,
     /// Path on this host; made (sparse, right size) when it does not exist.
     pub path: PathBuf,
+    /// Format of the image on this host; the primary's when not given. What counts is what the guest sees.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub image_type: Option<FtImageType>,
+}
+
+/// Format of a disk image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum FtImageType {
+    /// The disk's bytes, nothing else.
+    Raw,
+    /// QEMU's format.
+    Qcow2,
 }
 
 /// This host's tap for a network device.
@@ -111,9 +128,19 @@ pub struct FtEnableConfig {
     /// the backup has it too. A disk stays shared for as long as its VM lives.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub shared_disks: Vec<String>,
+    /// What becomes of a shadow that is found to differ.
+    #[serde(default)]
+    pub audit: FtAudit,
     /// Limits; can be changed later with vm.ft-config.
     #[serde(default)]
     pub limits: FtLimits,
+    /// Whoever runs the VM alone, now or after a takeover, looks for a new backup by itself.
+    #[serde(default)]
+    pub auto_reprotect: bool,
+    /// Hosts that may be that backup, in the order in which they are tried; `peer` is the last one unless it is named
+    /// here. With it at most [`crate::reprotect::MAX_SPARES`].
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub spares: Vec<String>,
 }
 
 /// Limits of the epoch controller and the failure detector; every field is optional in JSON.
@@ -136,6 +163,8 @@ pub struct FtLimits {
     pub precopy_mib_s: u32,
     /// RAM of the shadow that is compared with the primary's, in MiB/s, 0 to 65,536 (R6); 0 = none.
     pub audit_mib_s: u32,
+    /// The same for the shadow's replicated disks.
+    pub audit_disk_mib_s: u32,
     /// Memory of the primary, in MiB, that remembers what was sent last of pages, so that of a page written again only the
     /// changed lines of 64 bytes are sent. 0 to 65,536; 0 = pages are sent whole.
     pub delta_cache_mib: u32,
@@ -152,6 +181,7 @@ impl Default for FtLimits {
             heartbeat_timeout_ms: 500,
             precopy_mib_s: 0,
             audit_mib_s: 16,
+            audit_disk_mib_s: 4,
             delta_cache_mib: 32,
         }
     }
@@ -309,8 +339,8 @@ pub struct FtInfo {
     pub outputs_waiting: u64,
     /// Log-channel bytes sent (backup: received) in all.
     pub bytes_sent: u64,
-    /// RAM bytes of the shadow that were compared with the primary's, in all (R6).
-    pub audited_bytes: u64,
+    /// What was compared of the shadow with the primary (R6).
+    pub audit: FtAuditInfo,
     /// Bytes that wait for the backup, or for a shared disk, now.
     pub lag_bytes: u64,
     /// Share of the time the guest may run, percent; below 100 when it is slowed down.
@@ -321,9 +351,23 @@ pub struct FtInfo {
     /// Backup, after a failover: milliseconds from detection to the resumed guest.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub activation_ms: Option<f64>,
+    /// Whoever runs the VM alone looks for a new backup by itself.
+    #[serde(default)]
+    pub auto_reprotect: bool,
+    /// Hosts that may be that backup, in their order.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub spares: Vec<String>,
+    /// How the search for a new backup goes, while the VM runs alone here.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reprotection: Option<FtReprotection>,
 }
 
 impl FtInfo {
+    pub(crate) fn tell_spares(&mut self, reprotect: Option<&Reprotect>) {
+        self.auto_reprotect = reprotect.is_some();
+        self.spares = reprotect.map(|r| r.spares.clone()).unwrap_or_default();
+    }
+
     /// FT is off.
     pub fn disabled() -> Self {
         Self {
@@ -350,11 +394,14 @@ impl FtInfo {
             held_outputs: FtStat::default(),
             outputs_waiting: 0,
             bytes_sent: 0,
-            audited_bytes: 0,
+            audit: FtAuditInfo::default(),
             lag_bytes: 0,
             run_percent: 100,
             detection_ms: None,
             activation_ms: None,
+            auto_reprotect: false,
+            spares: Vec::new(),
+            reprotection: None,
         }
     }
 }
@@ -387,6 +434,9 @@ pub struct FtLimitsPatch {
     /// See [`FtLimits::audit_mib_s`].
     #[serde(skip_serializing_if = "Option::is_none")]
     pub audit_mib_s: Option<u32>,
+    /// See [`FtLimits::audit_disk_mib_s`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub audit_disk_mib_s: Option<u32>,
     /// See [`FtLimits::delta_cache_mib`].
     #[serde(skip_serializing_if = "Option::is_none")]
     pub delta_cache_mib: Option<u32>,
@@ -404,6 +454,7 @@ impl FtLimitsPatch {
             heartbeat_timeout_ms: self.heartbeat_timeout_ms.unwrap_or(limits.heartbeat_timeout_ms),
             precopy_mib_s: self.precopy_mib_s.unwrap_or(limits.precopy_mib_s),
             audit_mib_s: self.audit_mib_s.unwrap_or(limits.audit_mib_s),
+            audit_disk_mib_s: self.audit_disk_mib_s.unwrap_or(limits.audit_disk_mib_s),
             delta_cache_mib: self.delta_cache_mib.unwrap_or(limits.delta_cache_mib),
         }
     }
@@ -445,6 +496,7 @@ impl FtLimits {
             120_000,
         )?;
         range("audit_mib_s", self.audit_mib_s, 0, 65_536)?;
+        range("audit_disk_mib_s", self.audit_disk_mib_s, 0, 65_536)?;
         range("delta_cache_mib", self.delta_cache_mib, 0, 65_536)?;
         Ok(())
     }

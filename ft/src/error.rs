@@ -5,6 +5,7 @@ use thiserror::Error;
 use crate::arbiter::ArbiterError;
 use crate::config::LimitError;
 use crate::machine::{MachineError, Refusal};
+use crate::reprotect::SparesError;
 use crate::transport::TransportError;
 
 /// Errors of the FT requests.
@@ -25,6 +26,9 @@ pub enum Error {
     /// A limit is out of range.
     #[error("limit {0}")]
     Limit(#[from] LimitError),
+    /// The list of spares cannot be used.
+    #[error(transparent)]
+    Spares(#[from] SparesError),
     /// The backup does not take this VM.
     #[error("the backup refused: {0}")]
     Refused(#[from] Refusal),
@@ -62,7 +66,7 @@ impl Error {
             Self::Transport(e) if e.is_request_error() => 400,
             Self::Arbiter(e) if e.is_request_error() => 400,
             Self::Transport(_) | Self::Arbiter(_) | Self::Handshake { .. } => 502,
-            Self::NoArbiter | Self::Limit(_) => 400,
+            Self::NoArbiter | Self::Limit(_) | Self::Spares(_) => 400,
             Self::Refused(_) | Self::WrongState(_) => 409,
             Self::Machine(_) | Self::Ended(_) | Self::Host { .. } => 500,
         }
@@ -75,6 +79,7 @@ impl Error {
             Self::Arbiter(e) => e.code(),
             Self::NoArbiter => "ft_no_arbiter",
             Self::Limit(_) => "ft_limit_out_of_range",
+            Self::Spares(_) => "ft_bad_spares",
             Self::Refused(refusal) => &refusal.code,
             Self::Handshake { .. } => "ft_handshake_failed",
             Self::Machine(_) => "ft_machine_failed",

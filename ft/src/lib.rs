@@ -7,10 +7,11 @@
 //! * [`wire`]: the log channel's format; [`transport`]: its addresses and sockets; [`outbox`]: who writes to them;
 //! * [`interposer`]: holds outputs (R1) and logs inputs and disk changes (R3, R8) on the primary;
 //! * [`shared`], [`overlay`]: changes of disks that both hosts see, held until they may be written (R1, R3);
-//! * [`audit`]: compares the shadow's RAM with the primary's while both run (R6);
+//! * [`audit`]: compares the shadow's RAM and disks with the primary's while both run (R6);
 //! * [`arbiter`]: the register that decides who may run alone (R4);
 //! * [`primary`]: from [`enable`] over pre-copy and epochs to going solo, stopping, or handing over;
 //! * [`backup`]: from [`receive`] over staging and applying to taking over;
+//! * [`reprotect`]: which host is to be the next backup, and when it is asked;
 //! * [`stats`], [`error`]: measures, and what goes wrong.
 
 pub mod arbiter;
@@ -25,6 +26,7 @@ pub mod machine;
 pub mod outbox;
 pub mod overlay;
 pub mod primary;
+pub mod reprotect;
 pub mod shared;
 pub mod stats;
 pub mod transport;
@@ -33,4 +35,4 @@ pub mod wire;
 pub use backup::{Backup, receive};
 pub use error::Error;
 pub use event::{EventSink, FtEvent};
-pub use primary::{Primary, enable};
+pub use primary::{Cancel, Offer, Primary, enable, offer};

@@ -180,7 +180,8 @@ pub trait Protected: Send + Sync {
     }
     /// Copies guest RAM; `buf.len()` bytes from `gpa` on.
     fn read_memory(&self, gpa: u64, buf: &mut [u8]) -> Result<(), MachineError>;
-    /// Copies bytes of a disk as the guest sees it; may be called while the VM runs (pre-copy) or is paused.
+    /// Copies bytes of a disk as the guest sees it; may be called while the VM runs (pre-copy, audit) or is paused, from
+    /// several threads at once. What a request under way changes may be read as it was or as it will be.
     fn read_disk(&self, disk: u16, offset: u64, buf: &mut [u8]) -> Result<(), MachineError>;
     /// Appends the (offset, length) ranges of a disk that were changed since the last call, ascending, and clears them.
     /// While an interposer is attached no blocks are tracked: it logs the changes themselves.
@@ -248,6 +249,8 @@ pub trait Shadow: Send {
     fn write_memory(&mut self, gpa: u64, data: &[u8]) -> Result<(), MachineError>;
     /// Reads RAM (audit).
     fn read_memory(&self, gpa: u64, buf: &mut [u8]) -> Result<(), MachineError>;
+    /// Copies bytes of the backup's own copy of a replicated disk (audit); the range is within [`Identity::disks`].
+    fn read_disk(&self, disk: u16, offset: u64, buf: &mut [u8]) -> Result<(), MachineError>;
     /// Applies a committed change to the backup's own copy of a disk. Of shared disks, what is there can be checked at any
     /// time; they are changed only after [`Shadow::claim_disks`].
     fn apply_disk(&mut self, disk: u16, change: &DiskChange) -> Result<(), MachineError>;

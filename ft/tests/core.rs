@@ -2,9 +2,10 @@
 
 #![allow(clippy::unwrap_used, clippy::panic)]
 
+use ft::audit::{Mismatch, Place};
 use ft::config::{FtLimits, FtState};
 use ft::core::arbitration::Answer;
-use ft::core::backup::{self, BackupState, ToPrimary};
+use ft::core::backup::{self, BackupState, Compared, ToPrimary};
 use ft::core::primary::{self, FromBackup, PrimaryState};
 use ft::core::staging::Staging;
 use ft::core::{Nanos, ms};
@@ -21,6 +22,7 @@ fn armed(mut primary: PrimaryState) -> PrimaryState {
     let done = primary::Event::Checkpointed {
         bytes: 1,
         dirty_bytes: 1,
+        anew: 0,
     };
     assert_eq!(primary.step(done, ms(1)), [primary::Action::Resume]);
     primary
@@ -242,7 +244,14 @@ fn r3_a_handover_waits_for_shared_disks_and_r5_outputs_do_if_they_must() {
             [primary::Action::Checkpoint]
         );
         let (bytes, dirty_bytes) = (1, 1);
-        primary.step(primary::Event::Checkpointed { bytes, dirty_bytes }, ms(4));
+        primary.step(
+            primary::Event::Checkpointed {
+                bytes,
+                dirty_bytes,
+                anew: 0,
+            },
+            ms(4),
+        );
         let offer = primary::Action::Send(primary::ToBackup::Handover(2));
         assert!(!acknowledged(&mut primary, 2, ms(5)).contains(&offer));
         assert!(primary.step(primary::Event::Written(2), ms(6)).contains(&offer));
@@ -264,7 +273,14 @@ fn r1_a_guest_stands_still_while_shared_disks_take_nothing() {
     assert!(actions.contains(&primary::Action::Checkpoint), "{actions:?}");
     let (bytes, dirty_bytes) = (1, 1);
     assert_eq!(
-        primary.step(primary::Event::Checkpointed { bytes, dirty_bytes }, ms(201)),
+        primary.step(
+            primary::Event::Checkpointed {
+                bytes,
+                dirty_bytes,
+                anew: 0
+            },
+            ms(201)
+        ),
         []
     );
     // Committed, but there is no room yet.
@@ -274,5 +290,140 @@ fn r1_a_guest_stands_still_while_shared_disks_take_nothing() {
         primary
             .step(primary::Event::Written(2), ms(203))
             .contains(&primary::Action::Resume)
+    );
+}
+
+fn wrong(gpa: u64) -> Mismatch {
+    Mismatch {
+        place: Place::Page { gpa },
+        found: 1,
+        expected: 2,
+    }
+}
+
+fn compared(wrong: Vec<Mismatch>, right: Vec<Place>, anew: bool) -> backup::Event {
+    let what = "audit: a page".into();
+    backup::Event::Compared(Compared {
+        wrong,
+        what,
+        anew,
+        right,
+    })
+}
+
+fn staged(epoch: u64) -> backup::Event {
+    backup::Event::Staged {
+        epoch,
+        bytes: 1,
+        durable: false,
+    }
+}
+
+/// A backup that knows of a wrong page, with epoch 2 staged and applied.
+fn damaged_backup() -> BackupState {
+    let mut backup = lagging_backup().with_repair(true);
+    let ask = backup::Action::Send(ToPrimary::Mismatch(vec![wrong(4096)]));
+    assert_eq!(
+        backup.step(compared(vec![wrong(4096)], Vec::new(), false), ms(2)),
+        [ask]
+    );
+    backup.step(backup::Event::Applied { epoch: 1 }, ms(2));
+    assert_eq!(backup.step(staged(2), ms(3)), [backup::Action::Apply(2)]);
+    // The same place again, in an epoch that was under way: known already.
+    assert_eq!(backup.step(compared(vec![wrong(4096)], Vec::new(), false), ms(3)), []);
+    assert_eq!(backup.step(backup::Event::Applied { epoch: 2 }, ms(3)), []);
+    assert_eq!(backup.status().state, FtState::Syncing);
+    backup
+}
+
+#[test]
+fn r2_a_backup_that_is_known_to_be_wrong_acknowledges_once_it_is_mended() {
+    let mut backup = damaged_backup();
+    backup.step(staged(3), ms(4));
+    let right = vec![wrong(4096).place];
+    assert_eq!(backup.step(compared(Vec::new(), right, true), ms(4)), []);
+    let ack = backup::Action::Send(ToPrimary::Ack(3));
+    assert_eq!(backup.step(backup::Event::Applied { epoch: 3 }, ms(4)), [ack]);
+    assert_eq!(
+        (backup.status().state, backup.audit_counts()),
+        (FtState::Protected, (1, 1))
+    );
+}
+
+#[test]
+fn r2_a_backup_that_is_known_to_be_wrong_never_asks_the_arbiter() {
+    let mut backup = damaged_backup();
+    let lost = backup::Event::PeerLost {
+        heard: ms(3),
+        reason: "closed".into(),
+    };
+    let end = [
+        backup::Action::Disconnect,
+        backup::Action::Farewell,
+        backup::Action::Discard,
+    ];
+    assert_eq!(backup.step(lost, ms(4)), end);
+    let status = backup.status();
+    assert_eq!(status.state, FtState::Failed);
+    assert_eq!(
+        status.reason.unwrap(),
+        "closed; the shadow cannot take over: audit: a page"
+    );
+}
+
+#[test]
+fn r2_an_epoch_that_mends_and_came_in_time_makes_the_takeover_possible() {
+    let mut backup = damaged_backup();
+    backup.step(staged(3), ms(4));
+    let lost = backup::Event::PeerLost {
+        heard: ms(4),
+        reason: "closed".into(),
+    };
+    assert_eq!(backup.step(lost, ms(5)), [backup::Action::Disconnect]);
+    backup.step(compared(Vec::new(), vec![wrong(4096).place], true), ms(6));
+    let ask = backup::Action::AskArbiter { expected: 7 };
+    assert_eq!(backup.step(backup::Event::Applied { epoch: 3 }, ms(6)), [ask]);
+}
+
+#[test]
+fn r6_a_handover_to_a_backup_that_is_found_wrong_leaves_the_vm_where_it_is() {
+    let mut backup = lagging_backup().with_repair(true);
+    backup.step(backup::Event::Peer(backup::FromPrimary::Handover(1)), ms(2));
+    backup.step(compared(vec![wrong(0)], Vec::new(), false), ms(2));
+    let actions = backup.step(backup::Event::Applied { epoch: 1 }, ms(2));
+    assert!(
+        matches!(&actions[0], backup::Action::Send(ToPrimary::Bye(_))),
+        "{actions:?}"
+    );
+    assert_eq!(backup.status().state, FtState::Failed);
+}
+
+#[test]
+fn a_primary_ends_epochs_at_once_while_places_must_be_sent_anew() {
+    let mut primary = armed_primary();
+    let told = |message| primary::Event::Peer { echo: ms(1), message };
+    // Epoch 1 is in flight: usually there would be no other.
+    assert_eq!(primary.deadline(), None);
+    let mismatch = FromBackup::Mismatch {
+        places: 2,
+        what: "audit: a page".into(),
+    };
+    assert_eq!(primary.step(told(mismatch), ms(2)), [primary::Action::Checkpoint]);
+    assert_eq!(primary.status().state, FtState::Syncing);
+    let checkpoint = |anew| primary::Event::Checkpointed {
+        bytes: 1,
+        dirty_bytes: 1,
+        anew,
+    };
+    let actions = primary.step(checkpoint(1), ms(3));
+    assert_eq!(actions, [primary::Action::Resume, primary::Action::Checkpoint]);
+    assert_eq!(primary.step(checkpoint(1), ms(4)), [primary::Action::Resume]);
+    // The first of them mends one place.
+    primary.step(told(FromBackup::Ack(2)), ms(5));
+    assert_eq!(primary.status().state, FtState::Syncing);
+    primary.step(told(FromBackup::Ack(3)), ms(6));
+    assert_eq!(
+        (primary.status().state, primary.status().reason),
+        (FtState::Protected, None)
     );
 }

@@ -2,16 +2,18 @@
 
 #![allow(clippy::unwrap_used)]
 
-use ft::audit::PageSum;
-use ft::config::{FtDurability, FtLimits};
+use ft::audit::{ChunkSum, Mismatch, PageSum, Place};
+use ft::config::{FtAudit, FtDurability, FtLimits};
 use ft::core::staging::Staging;
 use ft::machine::{DiskChange, DiskIdentity, Identity, Input, Output, PAGE_SIZE, PageRun, Refusal, SharedDisk};
+use ft::reprotect::{MAX_SPARES, Reprotect};
 use ft::wire::frame::{EndMarker, Frame, OutFrame, encode};
 use ft::wire::hello::Hello;
 use ft::wire::lines::PageLines;
 use ft::wire::reader::{FrameReader, ReadError};
 use ft::wire::{DecodeError, MAX_PAYLOAD, MAX_PIECE, header};
 use proptest::collection::vec;
+use proptest::option;
 use proptest::prelude::*;
 
 fn bytes(frame: &OutFrame<'_>, seq: u64, mark: u64, stamp: u64) -> Vec<u8> {
@@ -112,7 +114,7 @@ fn output() -> impl Strategy<Value = Output> {
 }
 
 fn marker() -> impl Strategy<Value = EndMarker> {
-    vec(any::<u64>(), 10).prop_map(|n| EndMarker {
+    vec(any::<u64>(), 11).prop_map(|n| EndMarker {
         epoch: n[0],
         pages: n[1],
         zero_pages: n[2],
@@ -123,7 +125,36 @@ fn marker() -> impl Strategy<Value = EndMarker> {
         age_ns: n[7],
         audited: n[8],
         line_pages: n[9],
+        audited_chunks: n[10],
+        anew: n[0] % 2 == 0,
     })
+}
+
+fn mismatch() -> impl Strategy<Value = Mismatch> {
+    let chunk = |ChunkSum { disk, offset, len, .. }| Place::Chunk { disk, offset, len };
+    let place = prop_oneof![
+        any::<u64>().prop_map(|gpa| Place::Page { gpa }),
+        chunk_sum().prop_map(chunk)
+    ];
+    (place, any::<u32>(), any::<u32>()).prop_map(|(place, found, expected)| Mismatch { place, found, expected })
+}
+
+fn chunk_sum() -> impl Strategy<Value = ChunkSum> {
+    (any::<u16>(), any::<u64>(), any::<u32>(), any::<u32>()).prop_map(|(disk, offset, len, crc)| ChunkSum {
+        disk,
+        offset,
+        len,
+        crc,
+    })
+}
+
+fn spares() -> impl Strategy<Value = Option<Reprotect>> {
+    option::of(
+        vec("tcp:[a-z]{1,20}:[1-9]", 0..=MAX_SPARES).prop_map(|spares| Reprotect {
+            spares,
+            peer: "unix:/b".into(),
+        }),
+    )
 }
 
 fn frame() -> impl Strategy<Value = Frame> {
@@ -134,7 +165,7 @@ fn frame() -> impl Strategy<Value = Frame> {
     prop_oneof![
         Just(Frame::Heartbeat),
         Just(Frame::Disarmed),
-        (identity(), any::<u64>(), limits.clone()).prop_map(|(identity, generation, limits)| {
+        (identity(), any::<u64>(), limits.clone(), spares()).prop_map(|(identity, generation, limits, reprotect)| {
             let (node, arbiter, store, token) = ("n".into(), "file:/x".into(), "s".into(), "t".into());
             Frame::Hello(Box::new(Hello {
                 node,
@@ -144,7 +175,9 @@ fn frame() -> impl Strategy<Value = Frame> {
                 store,
                 token,
                 durability: FtDurability::DiskOfBoth,
+                audit: FtAudit::Repair,
                 limits,
+                reprotect,
             }))
         }),
         (any::<u64>(), vec((0u64..1 << 40, any::<u32>()), 1..40)).prop_map(|(epoch, sums)| {
@@ -152,6 +185,8 @@ fn frame() -> impl Strategy<Value = Frame> {
             let sums = sums.into_iter().map(sum).collect();
             Frame::Audit { epoch, sums }
         }),
+        (any::<u64>(), vec(chunk_sum(), 1..17)).prop_map(|(epoch, sums)| Frame::DiskAudit { epoch, sums }),
+        vec(mismatch(), 1..17).prop_map(Frame::Mismatch),
         ".{0,40}".prop_map(Frame::Accept),
         (".{0,40}", ".{0,40}").prop_map(|(code, message)| Frame::Refuse(Refusal { code, message })),
         (any::<u64>(), runs(3), any::<u8>()).prop_map(|(epoch, runs, fill)| {
@@ -166,7 +201,7 @@ fn frame() -> impl Strategy<Value = Frame> {
         (any::<u64>(), vec((0u64..1 << 40, 1u64..), 1..20), any::<u8>()).prop_map(|(epoch, pages, fill)| {
             let page = |(page, mask)| PageLines { gpa: page * 4096, mask };
             let pages: Vec<PageLines> = pages.into_iter().map(page).collect();
-            let data = vec![fill; pages.iter().map(|page| page.len()).sum()];
+            let data = vec![fill; pages.iter().map(|page| page.bytes()).sum()];
             Frame::Lines { epoch, pages, data }
         }),
         (any::<u64>(), any::<u16>(), change()).prop_map(|(epoch, disk, change)| Frame::Disk { epoch, disk, change }),
@@ -203,7 +238,7 @@ proptest! {
         let (back, end) = read_all(&damaged);
         // Whole frames before the damage are as they were; the damaged one and what follows never comes out.
         prop_assert!(back.len() < frames.iter().map(|f| encode(f).len()).sum::<usize>());
-        prop_assert!(matches!(end, ReadError::Decode(_)), "{}", end);
+        prop_assert!(matches!(end, ReadError::Decode { .. }), "{}", end);
     }
 
     #[test]
@@ -329,6 +364,113 @@ fn long_things_are_cut_into_pieces_and_come_back_whole() {
     assert!(disk == data && state == data && console == data);
 }
 
+/// A hello with these spares.
+fn hello(spares: Vec<String>, peer: &str) -> Vec<u8> {
+    let identity = Identity {
+        vm_id: "v".into(),
+        vmm_version: "1".into(),
+        config: "{}".into(),
+        memory: Vec::new(),
+        vcpus: 1,
+        cpu_features: Vec::new(),
+        tsc_khz: 1,
+        disks: Vec::new(),
+        nics: 0,
+    };
+    let (node, arbiter, store, token) = ("n".into(), "file:/x".into(), "s".into(), "t".into());
+    let peer = peer.into();
+    let hello = Hello {
+        node,
+        identity,
+        generation: 0,
+        arbiter,
+        store,
+        token,
+        durability: FtDurability::DiskOfBoth,
+        audit: FtAudit::Stop,
+        limits: FtLimits::default(),
+        reprotect: Some(Reprotect { spares, peer }),
+    };
+    stream(&[Frame::Hello(Box::new(hello))])
+}
+
+#[test]
+fn spares_of_a_peer_are_addresses_and_bounded() {
+    let good = |n: usize| vec!["tcp:h:1".to_string(); n];
+    let taken = |stream: &[u8]| read_all(stream).0.len() == 1;
+    assert!(taken(&hello(good(MAX_SPARES), "tcp:h:1")));
+    assert!(!taken(&hello(good(MAX_SPARES + 1), "tcp:h:1")));
+    assert!(!taken(&hello(good(1), "nowhere")));
+    assert!(!taken(&hello(vec!["unix:".into()], "tcp:h:1")));
+    assert!(taken(&hello(vec![format!("tcp:{}:1", "h".repeat(249))], "tcp:h:1")));
+    assert!(!taken(&hello(vec![format!("tcp:{}:1", "h".repeat(250))], "tcp:h:1")));
+}
+
+#[test]
+fn r6_a_damaged_frame_is_named_by_number_and_type() {
+    let mut damaged = stream(&[Frame::Heartbeat, Frame::Ack(7)]);
+    let last = damaged.len() - 1;
+    damaged[last] ^= 1;
+    let said = read_all(&damaged).1.to_string();
+    assert!(
+        said.starts_with("frame number 1: payload checksum of a frame of type Ack is 0x"),
+        "{said}"
+    );
+    damaged[4] ^= 1;
+    let said = read_all(&damaged).1.to_string();
+    assert!(
+        said.starts_with("frame number 0: frame header checksum is 0x"),
+        "{said}"
+    );
+}
+
+#[test]
+fn r6_an_epoch_has_so_many_checksums_of_a_disk_at_most_and_of_such_pieces() {
+    let disk = |size, readonly| DiskIdentity {
+        id: "d".into(),
+        size,
+        readonly,
+        shared: None,
+    };
+    let identity = Identity {
+        vm_id: "vm".into(),
+        vmm_version: "1".into(),
+        config: String::new(),
+        memory: Vec::new(),
+        vcpus: 1,
+        cpu_features: Vec::new(),
+        tsc_khz: 0,
+        disks: vec![disk(1 << 20, false), disk(1 << 20, true)],
+        nics: 0,
+    };
+    let sum = |disk, offset, len| ChunkSum {
+        disk,
+        offset,
+        len,
+        crc: 0,
+    };
+    let mut staging = Staging::new(&identity, 4096);
+    for wrong in [
+        sum(0, 0, 0),
+        sum(0, 0, 4097),
+        sum(0, (1 << 20) - 1, 2),
+        sum(0, u64::MAX, 1),
+        sum(1, 0, 1),
+        sum(2, 0, 1),
+    ] {
+        assert!(staging.disk_audit(1, vec![wrong]).is_err(), "{wrong:?}");
+    }
+    assert!(staging.disk_audit(1, vec![sum(0, 0, 4096); 256]).is_ok());
+    assert!(staging.disk_audit(1, vec![sum(0, 0, 1)]).is_err());
+    let marker = |audited_chunks| EndMarker {
+        epoch: 1,
+        audited_chunks,
+        ..EndMarker::default()
+    };
+    assert!(staging.end(&marker(255)).is_err());
+    assert!(staging.end(&marker(256)).is_ok());
+}
+
 #[test]
 fn what_a_peer_can_make_us_allocate_is_bounded() {
     // A header that announces more than a frame can have, with right checksums.
@@ -342,7 +484,8 @@ fn what_a_peer_can_make_us_allocate_is_bounded() {
         payload_crc: 0,
     };
     let (_, error) = read_all(&header.encode());
-    assert!(matches!(error, ReadError::Decode(DecodeError::TooLong(u32::MAX))));
+    let too_long = DecodeError::TooLong(u32::MAX);
+    assert!(matches!(error, ReadError::Decode { number: 0, source } if source == too_long));
     // A small compressed frame that says it is 64 GiB.
     let mut payload = 7u64.to_le_bytes().to_vec();
     payload.extend(1u32.to_le_bytes());
@@ -358,6 +501,9 @@ fn what_a_peer_can_make_us_allocate_is_bounded() {
     let (_, error) = read_all(&[bytes(beat, 0, 0, 2), bytes(beat, 2, 0, 2)].concat());
     assert!(matches!(
         error,
-        ReadError::Decode(DecodeError::Sequence { found: 2, expected: 1 })
+        ReadError::Decode {
+            number: 1,
+            source: DecodeError::Sequence { found: 2, expected: 1 }
+        }
     ));
 }

@@ -370,14 +370,15 @@ pub fn calls(kind: ThreadKind) -> Vec<Call> {
             }
             return all;
         }
-        Kind::Control => MACHINE.to_vec(),
+        // The end of a VM ends FT's connection.
+        Kind::Control => [MACHINE, &[STREAM]].concat(),
         Kind::ApiServer => vec![EVERY, WAIT, STREAM, ACCEPT, API_SOCKET],
         Kind::EventMonitor | Kind::FtThrottle => vec![EVERY],
         Kind::Signals => vec![EVERY, WAIT, STREAM],
         Kind::SerialInput => vec![EVERY, WAIT, DEVICE],
         Kind::Vcpu => vec![RUN, EVERY, VCPU_STATE, DEVICE],
         Kind::Virtio => vec![EVERY, WAIT, FILE_IO, DEVICE],
-        Kind::DiskIo => vec![EVERY, FILE_IO],
+        Kind::DiskIo | Kind::FtAudit => vec![EVERY, FILE_IO],
         Kind::Announce => vec![EVERY, DEVICE],
         Kind::FtControl => vec![EVERY, STREAM, FILE_IO, DISK_LOCKS, DEVICE, KVM],
         // Any of them may release outputs: frames and console bytes, which are written to what is open.
@@ -388,6 +389,8 @@ pub fn calls(kind: ThreadKind) -> Vec<Call> {
         Kind::FtAdmission => [MACHINE, ASK_ETCD, &[NARROW]].concat(),
         Kind::FtBackup => vec![EVERY, STREAM, FILE_IO],
         Kind::FtApplier => [MACHINE, &[STREAM]].concat(),
+        // Makes the handshake, which asks the arbiter; opens the disks of the VM that is to be protected.
+        Kind::FtSupervisor => [ASK_ETCD, &[EVERY, FILE_IO]].concat(),
     };
     groups.concat()
 }

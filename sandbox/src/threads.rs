@@ -40,6 +40,8 @@ pub enum ThreadKind {
     Announce,
     /// FT's controller on the primary: pre-copy and checkpoints.
     FtControl,
+    /// Reads disks on the primary, to compare them.
+    FtAudit,
     /// Receives on the primary.
     FtReceiver,
     /// Sends what was posted, on either side.
@@ -60,11 +62,13 @@ pub enum ThreadKind {
     FtBackup,
     /// Writes the shadow and activates it.
     FtApplier,
+    /// Looks for a new backup when the VM runs alone.
+    FtSupervisor,
 }
 
 impl ThreadKind {
     /// All kinds.
-    pub const ALL: [Self; 23] = [
+    pub const ALL: [Self; 25] = [
         Self::Main,
         Self::Spawner,
         Self::Control,
@@ -78,6 +82,7 @@ impl ThreadKind {
         Self::DiskIo,
         Self::Announce,
         Self::FtControl,
+        Self::FtAudit,
         Self::FtReceiver,
         Self::FtSender,
         Self::FtPulse,
@@ -88,6 +93,7 @@ impl ThreadKind {
         Self::FtAdmission,
         Self::FtBackup,
         Self::FtApplier,
+        Self::FtSupervisor,
     ];
 }
 

@@ -8,14 +8,12 @@
 //! devices' locks are held together.
 
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::io::{self, Read};
+use std::io;
 use std::ops::Deref;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
-use api::config::ImageType;
 use api::{ConsoleConfig, DeviceNode, DeviceTree, DiskConfig, NetConfig, VmConfig, VmCounters};
 use arch::layout;
 use devices::bus::{self, Bus};
@@ -28,7 +26,7 @@ use pci::PciDevice;
 use pci::root::{self, Ecam, PciRoot, Ports, RootState, Window};
 use thiserror::Error;
 use virtio_devices::backend::ConsoleBackend;
-use virtio_devices::block::{self, BlockCounters, BlockOptions, DiskImage, DiskOptions};
+use virtio_devices::block::{self, BlockCounters, BlockOptions, DiskImage};
 use virtio_devices::net::tap::{Tap, TapOptions};
 use virtio_devices::net::{NetCounters, NetOptions};
 use virtio_devices::{BAR_SIZE, Block, Console, Handle, Net, PciResources, Rng, VirtioState, vectors_for};
@@ -67,19 +65,9 @@ pub enum Error {
         /// Why not.
         source: std::io::Error,
     },
-    /// A disk image of a format that is not offered.
-    #[error(
-        "disk {id}: {path} is a {format} image: convert it with `qemu-img convert -O raw`, or say image_type=raw when \
-         the guest itself is to see it so"
-    )]
-    Image {
-        /// Device id.
-        id: String,
-        /// Path of the image.
-        path: String,
-        /// Its format.
-        format: &'static str,
-    },
+    /// A disk image of a format that is not offered, or not said.
+    #[error(transparent)]
+    Image(#[from] crate::disks::Error),
     /// Too many devices.
     #[error("{0} devices: a PCI bus has room for {max}", max = root::MAX_DEVICES - 1)]
     TooMany(usize),
@@ -223,36 +211,14 @@ impl Slots<'_> {
     }
 }
 
-/// The format of a disk image that is none of raw, by its first bytes.
-fn foreign_format(path: &Path) -> Option<&'static str> {
-    let mut head = [0; 8];
-    let n = File::open(path).and_then(|mut f| f.read(&mut head)).unwrap_or(0);
-    match &head[..n] {
-        [b'Q', b'F', b'I', 0xfb, ..] => Some("qcow2"),
-        b"vhdxfile" => Some("VHDX"),
-        b"conectix" => Some("VHD"),
-        [b'K', b'D', b'M', b'V', ..] => Some("VMDK"),
-        _ => None,
-    }
-}
-
 fn open_disk(config: &DiskConfig, ram: &GuestRam, slots: &mut Slots<'_>, shared: &[String]) -> Result<Disk, Error> {
     let id = config.id.clone().unwrap_or_default();
     let shared = shared.contains(&id);
     let failed = |source| Error::Device { id: id.clone(), source };
     let path = config.path.clone().unwrap_or_default();
-    if config.image_type != Some(ImageType::Raw)
-        && let Some(format) = foreign_format(&path)
-    {
-        let path = path.display().to_string();
-        return Err(Error::Image { id, path, format });
-    }
-    let image = block::open(&DiskOptions {
-        path: path.clone(),
-        readonly: config.readonly,
-        direct: config.direct,
-        queue_size: config.queue_size,
+    let image = block::open(&block::DiskOptions {
         shared,
+        ..crate::disks::options(config)?
     })
     .map_err(failed)?;
     let backend = image.clone().backend(config.queue_size, config.disable_io_uring);
@@ -575,6 +541,17 @@ impl DeviceManager {
             .iter()
             .map(|n| (n.handle.id().to_string(), n.counters.values()));
         disks.chain(nets).collect()
+    }
+
+    /// Makes everything that the guest wrote durable, and image files whole for whoever copies them; only while the
+    /// devices are held still.
+    pub fn flush_disks(&self) -> Result<(), Error> {
+        for disk in self.disks.iter().filter(|disk| !disk.readonly) {
+            let flushed = disk.image().and_then(|image| image.flush());
+            let id = disk.id.clone();
+            flushed.map_err(|source| Error::Io { id, source })?;
+        }
+        Ok(())
     }
 
     /// Ends all device threads and closes all backends. Idempotent. Not from a vCPU's thread.

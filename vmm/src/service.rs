@@ -88,11 +88,7 @@ impl Vmm {
                 slot.config = Some(vm.config().clone());
                 slot.vm = Some(vm);
             });
-            Some(Arc::new(crate::ft::FtPlugin::new(
-                context.clone(),
-                options.ft_arbiter,
-                adopt,
-            )))
+            Some(crate::ft::FtPlugin::new(context.clone(), options.ft_arbiter, adopt)?)
         };
         #[cfg(not(feature = "ft"))]
         let plugin = {
@@ -262,6 +258,8 @@ impl Vmm {
         self.emit("booting");
         let vm = Vm::new(config, None, &self.context).map_err(internal)?;
         vm.boot().map_err(internal)?;
+        // With the formats of its disks, so that they are the same at the next boot.
+        slot.config = Some(vm.config().clone());
         slot.vm = Some(vm);
         drop(slot);
         self.emit("booted");
@@ -316,6 +314,7 @@ impl Vmm {
             plugin.settle()?;
         }
         let state = vm.state().map_err(internal)?;
+        vm.devices().flush_disks().map_err(internal)?;
         snapshot::save(&dir, vm.config(), &state, vm.ram()).map_err(internal)?;
         self.emit("snapshotted");
         Ok(Response::Empty)

@@ -197,7 +197,7 @@ impl Vm {
     }
 
     fn build(
-        config: VmConfig,
+        mut config: VmConfig,
         uuid: Option<String>,
         context: &VmContext,
         shared: &[String],
@@ -222,6 +222,7 @@ impl Vm {
         });
         let router = Router::new(kvm.clone());
         let devices = DeviceManager::new(&config, &ram, &kvm, &router, signals.clone(), shared)?;
+        crate::disks::keep_formats(&mut config);
         let mut vcpus = Vec::with_capacity(usize::from(vcpu_count));
         let mut cpuid = Vec::new();
         for id in 0..vcpu_count {

@@ -20,6 +20,7 @@ use std::sync::Arc;
 
 use thiserror::Error;
 
+use crate::core::arbitration::Answer;
 pub use description::Description;
 #[cfg(feature = "etcd")]
 pub use etcd::EtcdArbiter;
@@ -128,5 +129,14 @@ pub fn open(text: &str) -> Result<Arc<dyn Arbiter>, ArbiterError> {
             text: text.into(),
             reason: "this build has no etcd (feature `etcd`)".into(),
         }),
+    }
+}
+
+/// The arbiter's answer, for the core.
+pub(crate) fn answer_of(answer: Result<Verdict, ArbiterError>) -> Answer {
+    match answer {
+        Ok(Verdict::Won) => Answer::Won,
+        Ok(Verdict::Lost { winner }) => Answer::Lost { winner },
+        Err(e) => Answer::Unknown { reason: e.to_string() },
     }
 }

@@ -60,7 +60,11 @@ pub(super) fn greet(shared: &Arc<Shared>, stream: Stream, peer: &str) {
         }
         Err(e) => {
             log::warn!("ft: connection of {peer} dropped: {e}");
-            if let ReadError::Decode(e @ crate::wire::DecodeError::Version(_)) = e {
+            if let ReadError::Decode {
+                source: e @ crate::wire::DecodeError::Version(_),
+                ..
+            } = e
+            {
                 answer(&outbox, Frame::Refuse(refuse("version_mismatch", e.to_string())));
             }
             return;

@@ -7,7 +7,7 @@ use std::time::Duration;
 use super::session::Session;
 use crate::audit;
 use crate::core::Nanos;
-use crate::core::backup::Event;
+use crate::core::backup::{Compared, Event, MAX_REPAIRS};
 use crate::core::staging::StagedEpoch;
 use crate::machine::{DiskChange, MachineError, Output, PAGE_SIZE, Shadow, Takeover};
 use crate::primary::session::lock;
@@ -148,7 +148,26 @@ fn apply(session: &Session, shadow: &mut dyn Shadow, epoch: u64, staged: &Staged
             shadow.apply_disk(disk as u16, &DiskChange::Flush)?;
         }
     }
-    audit::compare(shadow, &staged.audit)
+    Ok(())
+}
+
+/// Compares the shadow with an epoch's checksums; the epoch is applied.
+fn compare(session: &Session, shadow: &dyn Shadow, staged: &StagedEpoch) -> Result<Compared, MachineError> {
+    let (pages, chunks) = (&staged.audit, &staged.disk_audit);
+    let disks = &session.hello.identity.disks;
+    let (wrong, right) = audit::compare(shadow, disks, pages, chunks)?;
+    lock(&session.measures).audit.add(pages, chunks);
+    for mismatch in wrong.iter().take(MAX_REPAIRS) {
+        log::error!("ft: {}", audit::describe(std::slice::from_ref(mismatch), disks));
+    }
+    let (what, anew) = (audit::describe(&wrong, disks), staged.anew);
+    let right = if anew { right } else { Vec::new() };
+    Ok(Compared {
+        wrong,
+        what,
+        anew,
+        right,
+    })
 }
 
 const ZERO_PAGES: usize = 16;
@@ -176,11 +195,18 @@ pub(super) fn run(session: &Arc<Session>, jobs: &crossbeam_channel::Receiver<Job
             Job::Apply(..) if broken => {}
             Job::Apply(epoch, staged) => {
                 let result = match lock(&session.shadow).as_deref_mut() {
-                    Some(shadow) => apply(session, shadow, epoch, &staged),
+                    Some(shadow) => {
+                        apply(session, shadow, epoch, &staged).and_then(|()| compare(session, shadow, &staged))
+                    }
                     None => return,
                 };
                 match result {
-                    Ok(()) => session.feed(Event::Applied { epoch }),
+                    Ok(compared) => {
+                        if compared != Compared::default() {
+                            session.feed(Event::Compared(compared));
+                        }
+                        session.feed(Event::Applied { epoch });
+                    }
                     Err(e) => {
                         broken = true;
                         session.feed(Event::ApplyFailed(e.to_string()));

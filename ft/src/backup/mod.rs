@@ -24,11 +24,12 @@ use sandbox::ThreadKind;
 
 use crate::Error;
 use crate::arbiter;
-use crate::config::{FtInfo, FtReceiveConfig, FtRole, FtState};
+use crate::config::{FtEnableConfig, FtInfo, FtReceiveConfig, FtRole, FtState, FtTls};
 use crate::core::backup::Event;
 use crate::event::{EventSink, Status, announce};
 use crate::machine::ShadowHost;
 use crate::primary::session::lock;
+use crate::reprotect::Policy;
 use crate::transport::{Address, Listener, Security, tls};
 use session::Session;
 
@@ -56,6 +57,8 @@ struct Slot {
     session: Option<Arc<Session>>,
     /// The last session's end is final: this backup waits for nobody any more.
     over: Option<FtInfo>,
+    /// How the VM that was taken over is to be protected again.
+    next: Option<Policy>,
     /// Why the last session ended.
     reason: Option<String>,
 }
@@ -145,6 +148,7 @@ impl Shared {
     /// The session (or the attempt) is over.
     fn leave(&self, reason: Option<String>, over: Option<FtInfo>) {
         let mut slot = lock(&self.slot);
+        slot.next = self.policy(&slot);
         slot.taken = false;
         slot.session = None;
         slot.reason.clone_from(&reason);
@@ -156,6 +160,27 @@ impl Shared {
         if listens && !self.quits() {
             self.announce_listening(reason);
         }
+    }
+
+    fn policy(&self, slot: &Slot) -> Option<Policy> {
+        let session = slot.session.as_ref()?;
+        let reprotect = session.hello.reprotect.clone()?;
+        let info = session.info();
+        let config = FtEnableConfig {
+            peer: String::new(),
+            arbiter: info.arbiter,
+            insecure: self.config.insecure,
+            // Whoever comes is known by the name that it is reached by.
+            tls: self.config.tls.clone().map(|tls| FtTls { peer: None, ..tls }),
+            durability: info.durability,
+            shared_disks: info.shared_disks,
+            audit: info.audit.policy,
+            limits: info.limits,
+            auto_reprotect: true,
+            spares: Vec::new(),
+        };
+        let listened = [self.config.listen.clone(), self.address.to_string()];
+        (info.state == FtState::Solo).then(|| Policy::of_backup(reprotect, listened, config))
     }
 
     fn wait_free(&self) -> bool {
@@ -208,6 +233,12 @@ impl Backup {
         info.reason.clone_from(&slot.reason);
         info.arbiter.clone_from(&self.shared.config.arbiter);
         info
+    }
+
+    /// After a takeover: how the VM is to be protected again, if its primary was told to see to that.
+    pub fn reprotect(&self) -> Option<Policy> {
+        let slot = lock(&self.shared.slot);
+        slot.next.clone().or_else(|| self.shared.policy(&slot))
     }
 
     /// Ends this backup: its primary is told that nobody will take over, and runs on without protection. After a

@@ -1,7 +1,7 @@
 //! Measures of a session, and its report for `ft info`.
 
 use super::session::Session;
-use crate::config::{FtInfo, FtRole, FtState};
+use crate::config::{FtAuditInfo, FtInfo, FtRole, FtState};
 use crate::event::joined;
 use crate::machine::{DiskChange, PAGE_SIZE, PageRun};
 use crate::primary::session::lock;
@@ -15,7 +15,7 @@ pub(super) struct Measures {
     this_epoch: u64,
     ram: u64,
     disk: u64,
-    audited: u64,
+    pub(super) audit: FtAuditInfo,
 }
 
 impl Measures {
@@ -34,7 +34,6 @@ impl Measures {
                 };
             }
             Frame::End(marker) => {
-                self.audited += marker.audited * PAGE_SIZE as u64;
                 let bytes = std::mem::take(&mut self.this_epoch) as f64;
                 if marker.epoch > 1 {
                     self.epoch_bytes.add(bytes);
@@ -49,7 +48,7 @@ impl Session {
     /// The report.
     pub(super) fn info(&self) -> FtInfo {
         let core = lock(&self.core);
-        let (status, times) = (core.status(), core.times());
+        let (status, times, (mismatches, repairs)) = (core.status(), core.times(), core.audit_counts());
         drop(core);
         let mut info = FtInfo::disabled();
         info.role = if status.state == FtState::Solo {
@@ -66,6 +65,7 @@ impl Session {
         info.durability = self.hello.durability;
         info.arbiter = Some(self.arbiter_description.clone());
         info.limits = lock(&self.limits).clone();
+        info.tell_spares(self.hello.reprotect.as_ref());
         let identity = &self.hello.identity;
         info.progress.ram_bytes_total = identity.memory.iter().map(|(_, size)| size).sum();
         let (copied, shared): (Vec<_>, Vec<_>) = identity.disks.iter().partition(|disk| disk.shared.is_none());
@@ -75,7 +75,9 @@ impl Session {
         info.progress.ram_bytes_sent = measures.ram;
         info.progress.disk_bytes_sent = measures.disk;
         info.bytes_sent = measures.received;
-        info.audited_bytes = measures.audited;
+        info.audit = measures.audit;
+        info.audit.policy = self.hello.audit;
+        (info.audit.mismatches, info.audit.repairs) = (mismatches, repairs);
         info.epoch_bytes = measures.epoch_bytes.report();
         let since = |from: u64, to: u64| to.saturating_sub(from) as f64 / 1e6;
         if times.detected > 0 {

@@ -12,15 +12,15 @@ use sandbox::ThreadKind;
 
 use super::applier::{self, Checkpoint, Checkpoints, Job};
 use super::report::Measures;
-use crate::arbiter::Arbiter;
-use crate::config::{FtDurability, FtInfo, FtLimits, FtRole, FtState};
+use crate::arbiter::{Arbiter, answer_of};
+use crate::config::{FtAudit, FtDurability, FtInfo, FtLimits, FtRole, FtState};
 use crate::core::backup::{Action, BackupState, Event, FromPrimary, ToPrimary};
 use crate::core::ms;
 use crate::core::staging::Staging;
 use crate::event::{EventSink, Status, announce};
 use crate::machine::{MachineError, PAGE_SIZE, Shadow};
 use crate::outbox::{Clock, Outbox, Stamp};
-use crate::primary::session::{answer_of, lock};
+use crate::primary::session::lock;
 use crate::transport::Stream;
 use crate::wire::frame::{Frame, encode};
 use crate::wire::hello::Hello;
@@ -87,7 +87,10 @@ impl Session {
         let limits = parts.hello.limits.clone();
         let timeout = ms(limits.heartbeat_timeout_ms.into());
         let session = Self {
-            core: Mutex::new(BackupState::new(parts.hello.generation, timeout, BACKLOG, now)),
+            core: Mutex::new(
+                BackupState::new(parts.hello.generation, timeout, BACKLOG, now)
+                    .with_repair(parts.hello.audit == FtAudit::Repair),
+            ),
             announced: Mutex::new(None),
             staging: Mutex::new(Staging::new(&parts.hello.identity, log_limit(&limits))),
             limits: Mutex::new(limits),
@@ -241,6 +244,7 @@ impl Session {
             ToPrimary::HandedOver(generation) => Frame::HandedOver(generation),
             ToPrimary::HandoverFailed { generation, reason } => Frame::HandoverFailed { generation, reason },
             ToPrimary::Bye(reason) => Frame::Bye(reason),
+            ToPrimary::Mismatch(wrong) => Frame::Mismatch(wrong),
         };
         // An error shows on the receiving side too, where it is dealt with.
         if let Err(e) = self.outbox.write_now(&encode(&frame)) {
@@ -287,7 +291,7 @@ impl Session {
         loop {
             let (envelope, frame) = match reader.next(&mut heard) {
                 Ok(got) => got,
-                Err(e @ ReadError::Decode(_)) => return self.broken(format!("log channel: {e}")),
+                Err(e @ ReadError::Decode { .. }) => return self.broken(format!("log channel: {e}")),
                 Err(e) => return self.lost(format!("log channel: {e}")),
             };
             if let Stamp::Echo(stamp) = &self.outbox.stamp {
@@ -340,6 +344,7 @@ impl Session {
                 staging.outputs(epoch, outputs)
             }
             Frame::Audit { epoch, sums } => staging.audit(epoch, sums),
+            Frame::DiskAudit { epoch, sums } => staging.disk_audit(epoch, sums),
             Frame::State { epoch, data } => staging.state(epoch, &data),
             Frame::End(marker) => {
                 let (bytes, flushes) = staging.end(&marker).map_err(|e| e.to_string())?;

@@ -57,8 +57,11 @@ impl Arbitration {
         due
     }
 
-    /// Why there was no answer yet.
-    pub fn trouble(&self) -> Option<&str> {
-        self.unanswered.as_deref()
+    /// Why it was begun, and why there was no answer yet.
+    pub fn explain(&self, reason: Option<String>) -> Option<String> {
+        match (reason, &self.unanswered) {
+            (Some(reason), Some(trouble)) => Some(format!("{reason}; no answer yet: {trouble}")),
+            (reason, _) => reason,
+        }
     }
 }

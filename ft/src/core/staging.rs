@@ -7,7 +7,8 @@ use std::collections::BTreeMap;
 
 use thiserror::Error;
 
-use crate::audit::PageSum;
+use crate::audit::disk::{CHUNK, MAX_CHUNKS};
+use crate::audit::{ChunkSum, PageSum, Place};
 use crate::machine::{DiskChange, Identity, Input, Output, PAGE_SIZE, PageRun};
 use crate::wire::frame::EndMarker;
 use crate::wire::lines::PageLines;
@@ -37,8 +38,8 @@ pub enum StagingError {
         /// Number of pages.
         count: u64,
     },
-    /// A change outside of the disk, or of a disk that cannot be changed.
-    #[error("disk {disk}: change of {len} bytes at {offset}: no such place, or read-only")]
+    /// A place outside of the disk, or on a disk that is not replicated.
+    #[error("disk {disk}: {len} bytes at {offset}: no such place, or read-only")]
     Disk {
         /// Index of the disk.
         disk: u16,
@@ -94,6 +95,10 @@ pub struct StagedEpoch {
     pub outputs: Vec<Output>,
     /// Checksums that pages of the shadow must have when it is applied.
     pub audit: Vec<PageSum>,
+    /// The same for pieces of its disks.
+    pub disk_audit: Vec<ChunkSum>,
+    /// They are of places that it sends anew, and of no others.
+    pub anew: bool,
     /// The saved state at its end.
     pub state: Vec<u8>,
     /// Nanoseconds from the checkpoint to the sending of its end marker.
@@ -174,10 +179,32 @@ impl Staging {
     /// Checks that a change is within a disk that can be written.
     pub fn check_disk(&self, disk: u16, change: &DiskChange) -> Result<(), StagingError> {
         let (offset, len) = change.range();
+        if matches!(change, DiskChange::Check { .. }) && !self.is_shared(disk) {
+            return Err(StagingError::Disk { disk, offset, len });
+        }
+        self.check_range(disk, offset, len)
+    }
+
+    /// Checks that a place can be compared.
+    pub fn check_place(&self, place: &Place) -> Result<(), StagingError> {
+        match *place {
+            Place::Page { gpa } => self.check_pages(&[PageRun { gpa, count: 1 }]),
+            Place::Chunk { disk, offset, len } => {
+                let len = u64::from(len);
+                self.check_range(disk, offset, len)?;
+                if (1..=CHUNK).contains(&len) {
+                    Ok(())
+                } else {
+                    Err(StagingError::Disk { disk, offset, len })
+                }
+            }
+        }
+    }
+
+    fn check_range(&self, disk: u16, offset: u64, len: u64) -> Result<(), StagingError> {
         let size = self.disks.get(usize::from(disk)).copied().flatten();
-        let suits = self.is_shared(disk) || !matches!(change, DiskChange::Check { .. });
         match (size, offset.checked_add(len)) {
-            (Some(size), Some(end)) if end <= size && suits => Ok(()),
+            (Some(size), Some(end)) if end <= size => Ok(()),
             _ => Err(StagingError::Disk { disk, offset, len }),
         }
     }
@@ -313,8 +340,7 @@ impl Staging {
     /// Checksums of pages.
     pub fn audit(&mut self, epoch: u64, sums: Vec<PageSum>) -> Result<(), StagingError> {
         for sum in &sums {
-            let (gpa, count) = (sum.gpa, 1);
-            self.check_pages(&[PageRun { gpa, count }])?;
+            self.check_place(&Place::Page { gpa: sum.gpa })?;
         }
         let limit = self.pages_limit;
         let staged = self.epoch(epoch)?;
@@ -323,6 +349,21 @@ impl Staging {
             return Err(StagingError::TooMuch { epoch, what });
         }
         staged.audit.extend(sums);
+        Ok(())
+    }
+
+    /// Checksums of pieces of disks.
+    pub fn disk_audit(&mut self, epoch: u64, sums: Vec<ChunkSum>) -> Result<(), StagingError> {
+        for sum in &sums {
+            let ChunkSum { disk, offset, len, .. } = *sum;
+            self.check_place(&Place::Chunk { disk, offset, len })?;
+        }
+        let staged = self.epoch(epoch)?;
+        if staged.disk_audit.len() + sums.len() > MAX_CHUNKS {
+            let what = "audited pieces of disks";
+            return Err(StagingError::TooMuch { epoch, what });
+        }
+        staged.disk_audit.extend(sums);
         Ok(())
     }
 
@@ -354,6 +395,11 @@ impl Staging {
             ("inputs", staged.inputs.len() as u64, marker.inputs),
             ("outputs", staged.output_count, marker.outputs),
             ("audited pages", staged.audit.len() as u64, marker.audited),
+            (
+                "audited pieces of disks",
+                staged.disk_audit.len() as u64,
+                marker.audited_chunks,
+            ),
             ("state bytes", staged.state.len() as u64, marker.state_len),
         ] {
             if found != expected {
@@ -365,7 +411,7 @@ impl Staging {
                 });
             }
         }
-        staged.age_ns = marker.age_ns;
+        (staged.age_ns, staged.anew) = (marker.age_ns, marker.anew);
         let whole = (staged.bytes(), staged.flushes);
         self.whole = epoch;
         Ok(whole)

@@ -61,6 +61,7 @@ impl Controller {
     pub(super) fn checkpoint(&mut self, begin: Instant) -> Result<(), BeginError> {
         let session = self.session.clone();
         let machine = &session.machine;
+        let anew = self.send_anew()?;
         let cut = session.interposer.cut();
         self.encoder.sent.resize(lock(&session.limits).delta_cache_mib);
         let epoch_time = begin.saturating_duration_since(self.epoch_began);
@@ -74,11 +75,17 @@ impl Controller {
         let state = machine.save_state()?;
         let inputs = session.log.inputs.swap(0, Ordering::Relaxed);
         let disk = session.log.disk.swap(0, Ordering::Relaxed);
+        let (audit_mib_s, audit_disk_mib_s) = {
+            let limits = lock(&session.limits);
+            (limits.audit_mib_s, limits.audit_disk_mib_s)
+        };
+        let mut chunks = session.log.audit.turn(audit_disk_mib_s);
         let taken = Instant::now();
         let lag = bytes as u64 + self.state_len + cut.held + cut.logged;
         self.drive(Event::Checkpointed {
             bytes: lag,
             dirty_bytes: bytes as u64,
+            anew: anew.places(),
         });
         self.perform_first(&Action::Resume);
         let pause = begin.elapsed();
@@ -94,7 +101,11 @@ impl Controller {
                 },
             );
         }
-        let sums = self.auditor.settle(|gpa| self.stage.contains(gpa));
+        let mut sums = self.auditor.settle(|gpa| self.stage.contains(gpa));
+        let places = anew.places();
+        if places > 0 {
+            (sums, chunks) = (anew.pages, anew.chunks);
+        }
         if lock(&session.core).sends() {
             let state = state()?;
             self.state_len = state.len() as u64;
@@ -103,14 +114,23 @@ impl Controller {
                 disk,
                 inputs,
                 audited: sums.len() as u64,
+                audited_chunks: chunks.len() as u64,
+                anew: places > 0,
                 state_len: self.state_len,
                 ..Default::default()
             };
             let mut frames = frame::audit(cut.epoch, &sums);
+            if !chunks.is_empty() {
+                frames.push(frame::disk_audit(cut.epoch, &chunks));
+            }
             frames.extend(frame::state(cut.epoch, &state));
             self.send(marker, frames, taken, cut.logged)?;
-            let rate = lock(&session.limits).audit_mib_s;
-            self.auditor.look(machine.as_ref(), rate)?;
+            let rounds = self.auditor.rounds();
+            let mut metrics = lock(&session.metrics);
+            metrics.audited(&sums, &chunks, rounds);
+            metrics.sent_anew(places);
+            drop(metrics);
+            self.auditor.look(machine.as_ref(), audit_mib_s)?;
         }
         Ok(())
     }
@@ -147,7 +167,7 @@ impl Controller {
         burst.extend(encode(&Frame::End(marker)));
         let telling = {
             let mut metrics = lock(&session.metrics);
-            metrics.sent(marker.epoch, sent + size(&burst), marker.audited);
+            metrics.sent(marker.epoch, sent + size(&burst));
             metrics.take_telling()
         };
         if let Some((bytes, took)) = telling {

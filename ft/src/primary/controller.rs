@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use super::precopy;
 use super::session::{Session, lock};
 use super::stage::Stage;
-use crate::audit::Auditor;
+use crate::audit::ram::Auditor;
 use crate::core::ms;
 use crate::core::primary::{Action, Event};
 use crate::machine::{MachineError, Output, PageRun};

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use crate::audit::disk::DiskAudit;
 use crate::interposer::LogSink;
 use crate::machine::DiskChange;
 use crate::outbox::Outbox;
@@ -13,14 +14,17 @@ pub(super) struct Log {
     outbox: Arc<Outbox>,
     pub(super) inputs: AtomicU64,
     pub(super) disk: AtomicU64,
+    /// Must know what is changed.
+    pub(super) audit: DiskAudit,
 }
 
 impl Log {
-    pub(super) fn new(outbox: Arc<Outbox>) -> Self {
+    pub(super) fn new(outbox: Arc<Outbox>, audit: DiskAudit) -> Self {
         Self {
             outbox,
             inputs: AtomicU64::new(0),
             disk: AtomicU64::new(0),
+            audit,
         }
     }
 }
@@ -32,6 +36,7 @@ impl LogSink for Log {
     }
 
     fn disk_change(&self, epoch: u64, disk: u16, change: DiskChange) -> u64 {
+        self.audit.changed(disk, &change);
         let frames = frame::disk_change(epoch, disk, change);
         self.disk.fetch_add(frames.len() as u64, Ordering::Relaxed);
         self.outbox.post(frames)

@@ -1,18 +1,22 @@
-//! From the operator's request to an accepted session.
+//! From the operator's request to a backup that has accepted.
+//!
+//! Nothing of the VM is needed here but its identity: until [`Offer::begin`] it is untouched, and may even end meanwhile.
 
 use std::io::Read;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use sandbox::ThreadKind;
 
-use super::session::{Session, SessionParts};
+use super::Primary;
+use super::session::{Session, SessionParts, lock};
 use crate::Error;
 use crate::arbiter::{self, Arbiter, ArbiterError};
 use crate::config::FtEnableConfig;
 use crate::event::EventSink;
-use crate::machine::Protected;
+use crate::machine::{Identity, Protected};
 use crate::outbox::{Clock, Outbox, Stamp};
+use crate::reprotect::Reprotect;
 use crate::transport::{Address, Security, Stream};
 use crate::wire::frame::{Frame, encode};
 use crate::wire::hello::Hello;
@@ -81,16 +85,67 @@ impl Drop for Mark {
     }
 }
 
-pub(super) fn connect(
-    machine: Arc<dyn Protected>,
-    config: FtEnableConfig,
-    events: EventSink,
-) -> Result<(Arc<Session>, FrameReader<Stream>), Error> {
+/// Ends a handshake from another thread, where that waits for the backup.
+#[derive(Default)]
+pub struct Cancel(Mutex<(bool, Option<Stream>)>);
+
+impl Cancel {
+    /// The handshake ends with an error, now or as soon as it has a connection.
+    pub fn cancel(&self) {
+        let mut state = lock(&self.0);
+        state.0 = true;
+        if let Some(stream) = state.1.take() {
+            stream.shutdown();
+        }
+    }
+
+    /// Whether [`Cancel::cancel`] was called.
+    pub fn is_cancelled(&self) -> bool {
+        lock(&self.0).0
+    }
+
+    fn watch(&self, stream: &Stream) -> std::io::Result<()> {
+        let stream = stream.try_clone()?;
+        let mut state = lock(&self.0);
+        if state.0 {
+            return Err(std::io::ErrorKind::Interrupted.into());
+        }
+        state.1 = Some(stream);
+        Ok(())
+    }
+
+    /// The connection is not its business any more.
+    fn release(&self) {
+        lock(&self.0).1 = None;
+    }
+}
+
+/// A backup that has accepted. Without [`Offer::begin`] it is let go again.
+pub struct Offer {
+    parts: SessionParts,
+    reader: FrameReader<Stream>,
+}
+
+impl Offer {
+    /// Begins to protect the VM, which `machine` is: pre-copy, then epochs.
+    pub fn begin(self, machine: Arc<dyn Protected>) -> Result<Primary, Error> {
+        Primary::start(Session::new(machine, self.parts), self.reader)
+    }
+}
+
+/// Asks the backup at `config.peer` to take the VM of this identity.
+pub fn offer(identity: Identity, config: FtEnableConfig, events: EventSink, cancel: &Cancel) -> Result<Offer, Error> {
+    let offered = shake_hands(identity, config, events, cancel);
+    cancel.release();
+    offered
+}
+
+fn shake_hands(identity: Identity, config: FtEnableConfig, events: EventSink, cancel: &Cancel) -> Result<Offer, Error> {
     config.limits.validate()?;
+    let reprotect = Reprotect::new(&config)?;
     let address = Address::parse(&config.peer)?;
     let description = config.arbiter.clone().ok_or(Error::NoArbiter)?;
     let arbiter = arbiter::open(&description)?;
-    let identity = machine.identity()?;
     let vm_id = identity.vm_id.clone();
     let id = vm_id.clone();
     let register = ask(&arbiter, move |arbiter| arbiter.read(&id))?;
@@ -114,6 +169,7 @@ pub(super) fn connect(
         peer: config.peer.clone(),
         reason,
     };
+    cancel.watch(&stream).map_err(|e| failed(e.to_string()))?;
     let clock = Clock::default();
     let outbox = Outbox::new(&stream, clock, Stamp::Clock).map_err(|e| failed(e.to_string()))?;
     let generation = register.generation;
@@ -126,6 +182,8 @@ pub(super) fn connect(
         token,
         limits: config.limits.clone(),
         durability: config.durability,
+        reprotect: reprotect.clone(),
+        audit: config.audit,
     };
     let timeouts = stream
         .set_write_timeout(Some(CONNECT_TIMEOUT))
@@ -150,7 +208,6 @@ pub(super) fn connect(
     let timeouts = stream.set_write_timeout(None).and(stream.set_read_timeout(None));
     timeouts.map_err(|e| failed(e.to_string()))?;
     let parts = SessionParts {
-        machine,
         identity,
         arbiter,
         arbiter_description: description,
@@ -159,10 +216,12 @@ pub(super) fn connect(
         transport,
         generation,
         durability: config.durability,
+        audit: config.audit,
         limits: config.limits,
         outbox,
         clock,
         events,
+        reprotect,
     };
-    Ok((Session::new(parts), reader))
+    Ok(Offer { parts, reader })
 }

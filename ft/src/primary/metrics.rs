@@ -3,8 +3,8 @@
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-use crate::config::{FtInfo, FtProgress};
-use crate::machine::PAGE_SIZE;
+use crate::audit::{ChunkSum, PageSum};
+use crate::config::{FtAuditInfo, FtInfo, FtProgress};
 use crate::stats::Stat;
 
 /// What a checkpoint cost.
@@ -30,7 +30,7 @@ pub struct Metrics {
     commit_ms: Stat,
     added_latency_ms: Stat,
     held_outputs: Stat,
-    audited: u64,
+    audit: FtAuditInfo,
     /// When the epochs that are not committed ended, and what they sent.
     open: VecDeque<(u64, Instant, u64)>,
     /// A large epoch's bytes and time to commit, for the estimate of the link's speed.
@@ -56,9 +56,24 @@ impl Metrics {
         }
     }
 
-    /// Everything of it is sent, with the checksums of `audited` pages.
-    pub fn sent(&mut self, number: u64, bytes: u64, audited: u64) {
-        self.audited += audited * PAGE_SIZE as u64;
+    /// Checksums went with an epoch; how often all of RAM was gone through.
+    pub fn audited(&mut self, pages: &[PageSum], chunks: &[ChunkSum], ram_rounds: u64) {
+        self.audit.add(pages, chunks);
+        self.audit.ram_rounds = ram_rounds;
+    }
+
+    /// The backup found so many places wrong.
+    pub fn mismatches(&mut self, places: u64) {
+        self.audit.mismatches += places;
+    }
+
+    /// So many places were sent anew.
+    pub fn sent_anew(&mut self, places: u64) {
+        self.audit.repairs += places;
+    }
+
+    /// Everything of it is sent.
+    pub fn sent(&mut self, number: u64, bytes: u64) {
         self.epoch_bytes.add(bytes as f64);
         if let Some(open) = self.open.iter_mut().find(|(n, ..)| *n == number) {
             open.2 = bytes;
@@ -101,6 +116,6 @@ impl Metrics {
         info.commit_ms = self.commit_ms.report();
         info.added_latency_ms = self.added_latency_ms.report();
         info.held_outputs = self.held_outputs.report();
-        info.audited_bytes = self.audited;
+        info.audit = self.audit;
     }
 }

@@ -1,16 +1,18 @@
 //! The primary: protects a running VM.
 //!
-//! * [`enable`] connects, shakes hands and starts the threads; [`Primary`] is the operator's handle;
+//! * [`offer`] connects and shakes hands, [`Offer::begin`] starts the threads, [`enable`] does both; [`Primary`] is the
+//!   operator's handle;
 //! * `session`: what the threads share: the protocol core and who performs its actions;
 //! * `controller`: the thread that copies (pre-copy, checkpoints) and that alone pauses and resumes the VM;
-//! * `precopy`, `checkpoint`: what it does in the two stages;
+//! * `precopy`, `checkpoint`: what it does in the two stages; `repair`: what it sends anew;
 //! * `disks`: the thread that writes to shared disks what may be written;
 //! * `metrics`: measures for `ft info`.
 //!
 //! Threads: controller; sender (writes what device workers post); receiver (acknowledgements: it releases outputs
-//! itself, so that nobody has to be woken); disks (if any are shared); pulse (heartbeats, silence, retries); one per question to the arbiter.
-//! Lock order: the release lock or the writing lock, core, then interposer, then outbox. Machine calls are made without
-//! any of them but the first two.
+//! itself, so that nobody has to be woken); disks (if any are shared); pulse (heartbeats, silence, retries); audit (reads
+//! disks); one per question to the arbiter.
+//! Lock order: the release lock or the writing lock, core, then interposer, then outbox or audit. Machine calls are made
+//! without any of them but the first two.
 
 pub mod checkpoint;
 pub mod controller;
@@ -19,6 +21,7 @@ mod entries;
 mod handshake;
 pub mod metrics;
 pub mod precopy;
+mod repair;
 pub mod session;
 mod stage;
 
@@ -33,8 +36,11 @@ use crate::config::{FtEnableConfig, FtInfo, FtLimitsPatch, FtState};
 use crate::core::primary::Event;
 use crate::event::EventSink;
 use crate::machine::Protected;
+use crate::transport::Stream;
 use crate::wire::frame::{Frame, encode};
+use crate::wire::reader::FrameReader;
 pub(crate) use handshake::unique_name;
+pub use handshake::{Cancel, Offer, offer};
 use session::{Session, lock};
 
 /// Longest wait for the end of FT or of a handover.
@@ -51,26 +57,25 @@ pub struct Primary {
 /// Begins to protect `machine`. Returns when the backup has accepted; pre-copy then runs in the background, and
 /// [`Primary::info`] tells how far it is. On an error the VM is untouched.
 pub fn enable(machine: Arc<dyn Protected>, config: FtEnableConfig, events: EventSink) -> Result<Primary, Error> {
-    let (session, stream) = handshake::connect(machine, config, events)?;
-    let primary = Primary {
-        session: session.clone(),
-        threads: Mutex::default(),
-        configuring: Mutex::default(),
-    };
-    let started = primary.start(&session, stream);
-    if let Err(e) = started {
-        primary.quit();
-        return Err(e);
-    }
-    Ok(primary)
+    offer(machine.identity()?, config, events, &Cancel::default())?.begin(machine)
 }
 
 impl Primary {
-    fn start(
-        &self,
-        session: &Arc<Session>,
-        reader: crate::wire::reader::FrameReader<crate::transport::Stream>,
-    ) -> Result<(), Error> {
+    fn start(session: Arc<Session>, reader: FrameReader<Stream>) -> Result<Self, Error> {
+        let primary = Self {
+            session,
+            threads: Mutex::default(),
+            configuring: Mutex::default(),
+        };
+        if let Err(e) = primary.start_threads(reader) {
+            primary.quit();
+            return Err(e);
+        }
+        Ok(primary)
+    }
+
+    fn start_threads(&self, reader: FrameReader<Stream>) -> Result<(), Error> {
+        let session = &self.session;
         let mut threads = lock(&self.threads);
         let mut spawn = |kind: ThreadKind, name: &str, body: Box<dyn FnOnce() + Send>| {
             let started = sandbox::spawn(kind, name, body);
@@ -94,6 +99,12 @@ impl Primary {
         }
         let s = session.clone();
         spawn(ThreadKind::FtPulse, "ft-pulse", Box::new(move || s.pulse()))?;
+        let s = session.clone();
+        spawn(
+            ThreadKind::FtAudit,
+            "ft-audit",
+            Box::new(move || s.log.audit.run(s.machine.as_ref())),
+        )?;
         let s = session.clone();
         spawn(
             ThreadKind::FtControl,

@@ -10,8 +10,9 @@ use std::time::Duration;
 
 use sandbox::ThreadKind;
 
-use crate::arbiter::{Arbiter, Verdict};
-use crate::config::{FtDurability, FtInfo, FtLimits, FtRole, FtState};
+use crate::arbiter::{Arbiter, answer_of};
+use crate::audit::disk::DiskAudit;
+use crate::config::{FtAudit, FtDurability, FtInfo, FtLimits, FtRole, FtState};
 use crate::core::arbitration::Answer;
 use crate::core::primary::{Action, Event, FromBackup, PrimaryState, ToBackup};
 use crate::core::{MAX_IN_FLIGHT, Nanos};
@@ -22,6 +23,8 @@ use crate::outbox::{Clock, Outbox};
 use crate::primary::disks::Disks;
 use crate::primary::entries::Log;
 use crate::primary::metrics::Metrics;
+use crate::primary::repair::Repairs;
+use crate::reprotect::Reprotect;
 use crate::transport::Stream;
 use crate::wire::frame::{Frame, encode};
 use crate::wire::reader::FrameReader;
@@ -38,7 +41,6 @@ const LAST_WORD: Duration = Duration::from_millis(500);
 
 /// What a session is made of.
 pub struct SessionParts {
-    pub(super) machine: Arc<dyn Protected>,
     pub(super) identity: Identity,
     pub(super) arbiter: Arc<dyn Arbiter>,
     pub(super) arbiter_description: String,
@@ -46,11 +48,13 @@ pub struct SessionParts {
     pub(super) peer: String,
     pub(super) transport: String,
     pub(super) durability: FtDurability,
+    pub(super) audit: FtAudit,
     pub(super) generation: u64,
     pub(super) limits: FtLimits,
     pub(super) outbox: Outbox,
     pub(super) clock: Clock,
     pub(super) events: EventSink,
+    pub(super) reprotect: Option<Reprotect>,
 }
 
 /// What the controller is to do next.
@@ -80,6 +84,8 @@ pub struct Session {
     peer: String,
     transport: String,
     durability: FtDurability,
+    pub(super) audit: FtAudit,
+    pub(super) repairs: Repairs,
     pub(super) core: Mutex<PrimaryState>,
     announced: Mutex<Option<Status>>,
     /// The VM was stopped for good. Only then the state says so: whoever reads `stopped` may count on it (R4).
@@ -104,13 +110,14 @@ pub struct Session {
     pub(super) quit: AtomicBool,
     received_all: AtomicBool,
     events: EventSink,
+    reprotect: Option<Reprotect>,
 }
 
 impl Session {
-    pub(super) fn new(parts: SessionParts) -> Arc<Self> {
+    pub(super) fn new(machine: Arc<dyn Protected>, parts: SessionParts) -> Arc<Self> {
         Arc::new_cyclic(|weak: &std::sync::Weak<Self>| {
             let outbox = Arc::new(parts.outbox);
-            let log = Arc::new(Log::new(outbox.clone()));
+            let log = Arc::new(Log::new(outbox.clone(), DiskAudit::new(&parts.identity)));
             let session = weak.clone();
             let waker = Arc::new(move || {
                 if let Some(session) = session.upgrade() {
@@ -125,7 +132,7 @@ impl Session {
                 core = core.with_shared_disks(parts.durability == FtDurability::DiskOfBoth);
             }
             let session = Self {
-                machine: parts.machine,
+                machine,
                 identity: parts.identity,
                 arbiter: parts.arbiter,
                 arbiter_description: parts.arbiter_description,
@@ -133,6 +140,8 @@ impl Session {
                 peer: parts.peer,
                 transport: parts.transport,
                 durability: parts.durability,
+                audit: parts.audit,
+                repairs: Repairs::default(),
                 core: Mutex::new(core),
                 announced: Mutex::new(None),
                 stopped: AtomicBool::new(false),
@@ -152,6 +161,7 @@ impl Session {
                 quit: AtomicBool::new(false),
                 received_all: AtomicBool::new(false),
                 events: parts.events,
+                reprotect: parts.reprotect,
             };
             session.announce(&lock(&session.core));
             session
@@ -198,6 +208,7 @@ impl Session {
     }
 
     pub(super) fn finish(&self) {
+        self.log.audit.close();
         lock(&self.mailbox).finished = true;
         self.ended.notify_all();
         self.disks.wake();
@@ -207,6 +218,7 @@ impl Session {
     pub(super) fn quit(&self) {
         self.quit.store(true, Ordering::SeqCst);
         self.outbox.close();
+        self.log.audit.close();
         // With the lock, so that nobody misses it between looking and sleeping.
         drop(lock(&self.mailbox));
         self.changed.notify_all();
@@ -402,6 +414,10 @@ impl Session {
                 Frame::HandedOver(generation) => FromBackup::HandedOver(generation),
                 Frame::HandoverFailed { generation, reason } => FromBackup::HandoverFailed { generation, reason },
                 Frame::Bye(reason) => FromBackup::Bye(reason),
+                Frame::Mismatch(wrong) => match self.note_mismatch(&wrong) {
+                    Ok(message) => message,
+                    Err(reason) => return self.feed(Event::PeerLost(reason)),
+                },
                 _ => {
                     return self.feed(Event::PeerLost(
                         "the backup sent a frame that only a primary sends".into(),
@@ -454,6 +470,7 @@ impl Session {
     pub(super) fn info(&self) -> FtInfo {
         let mut info = FtInfo::disabled();
         lock(&self.metrics).report(&mut info);
+        (info.audit.policy, info.audit.disk_rounds) = (self.audit, self.log.audit.rounds());
         let status = self.status();
         let mut core = lock(&self.core);
         core.note_held(self.interposer.unwritten());
@@ -475,15 +492,7 @@ impl Session {
         info.limits = lock(&self.limits).clone();
         (info.outputs_waiting, _) = self.interposer.waiting();
         info.bytes_sent = self.outbox.bytes_written();
+        info.tell_spares(self.reprotect.as_ref());
         info
-    }
-}
-
-/// The arbiter's answer, for the core.
-pub(crate) fn answer_of(answer: Result<Verdict, crate::arbiter::ArbiterError>) -> Answer {
-    match answer {
-        Ok(Verdict::Won) => Answer::Won,
-        Ok(Verdict::Lost { winner }) => Answer::Lost { winner },
-        Err(e) => Answer::Unknown { reason: e.to_string() },
     }
 }

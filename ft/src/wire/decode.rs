@@ -8,8 +8,9 @@ use super::frame::{
 };
 use super::lines::PageLines;
 use super::{DecodeError, MAX_PAYLOAD, MAX_PIECE, header};
-use crate::audit::PageSum;
+use crate::audit::{ChunkSum, Mismatch, PageSum};
 use crate::config::FtLimits;
+use crate::core::backup::MAX_REPAIRS;
 use crate::machine::{DiskChange, Input, Output, PAGE_SIZE, PageRun};
 
 fn bad(kind: &'static str, reason: &'static str) -> DecodeError {
@@ -134,7 +135,7 @@ fn lines(flags: u8, payload: Vec<u8>) -> Result<Frame, DecodeError> {
         if !page.gpa.is_multiple_of(PAGE_SIZE as u64) || page.mask == 0 {
             return Err(bad(kind, "has an address that is no page's, or no line"));
         }
-        size += page.len();
+        size += page.bytes();
         pages.push(page);
     }
     if size > MAX_PAYLOAD {
@@ -256,6 +257,39 @@ fn audit(payload: &[u8]) -> Result<Frame, DecodeError> {
     Ok(Frame::Audit { epoch, sums })
 }
 
+fn disk_audit(payload: &[u8]) -> Result<Frame, DecodeError> {
+    let kind = "disk audit";
+    let mut prefix = Prefix { kind, rest: payload };
+    let epoch = prefix.u64()?;
+    let mut sums = Vec::with_capacity(prefix.rest.len() / 18);
+    while !prefix.rest.is_empty() {
+        sums.push(ChunkSum {
+            disk: prefix.u16()?,
+            offset: prefix.u64()?,
+            len: prefix.u32()?,
+            crc: prefix.u32()?,
+        });
+    }
+    Ok(Frame::DiskAudit { epoch, sums })
+}
+
+/// Most bytes of one place of `mismatch`.
+const MISMATCH: usize = 32;
+
+fn mismatch(payload: &[u8]) -> Result<Frame, DecodeError> {
+    let kind = "mismatch";
+    let wrong: Vec<Mismatch> = if payload.len() > MISMATCH * MAX_REPAIRS {
+        Vec::new()
+    } else {
+        owned(kind, payload)?
+    };
+    if (1..=MAX_REPAIRS).contains(&wrong.len()) {
+        Ok(Frame::Mismatch(wrong))
+    } else {
+        Err(bad(kind, "names no place, or too many"))
+    }
+}
+
 /// Decodes a payload.
 pub fn decode(kind: u8, flags: u8, payload: Vec<u8>) -> Result<Frame, DecodeError> {
     let known = Kind::from_byte(kind).ok_or(DecodeError::Kind(kind))?;
@@ -278,6 +312,9 @@ pub fn decode(kind: u8, flags: u8, payload: Vec<u8>) -> Result<Frame, DecodeErro
                 .limits
                 .validate()
                 .map_err(|_| bad("hello", "a limit is out of range"))?;
+            if hello.reprotect.as_ref().is_some_and(|r| r.check().is_err()) {
+                return Err(bad("hello", "its spares are too many or no addresses"));
+            }
             Ok(Frame::Hello(Box::new(hello)))
         }
         Kind::Accept => owned("accept", &payload).map(Frame::Accept),
@@ -321,5 +358,7 @@ pub fn decode(kind: u8, flags: u8, payload: Vec<u8>) -> Result<Frame, DecodeErro
         Kind::Bye => owned("bye", &payload).map(Frame::Bye),
         Kind::Limits => limits(&payload).map(Frame::Limits),
         Kind::Audit => audit(&payload),
+        Kind::DiskAudit => disk_audit(&payload),
+        Kind::Mismatch => mismatch(&payload),
     }
 }

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use super::hello::Hello;
 use super::lines::PageLines;
 use super::{MAX_PIECE, header};
-use crate::audit::PageSum;
+use crate::audit::{ChunkSum, Mismatch, PageSum};
 use crate::config::FtLimits;
 use crate::machine::{DiskChange, Input, Output, PageRun, Refusal};
 
@@ -60,13 +60,17 @@ pub enum Kind {
     Audit = 20,
     /// Changed lines of RAM pages.
     Lines = 21,
+    /// Checksums of pieces of disks that the epoch leaves as they were.
+    DiskAudit = 22,
+    /// Places of the shadow that are wrong.
+    Mismatch = 23,
 }
 
 impl Kind {
     /// From the header.
     pub fn from_byte(byte: u8) -> Option<Self> {
         use Kind::*;
-        const ALL: [Kind; 21] = [
+        const ALL: [Kind; 23] = [
             Heartbeat,
             Hello,
             Accept,
@@ -88,8 +92,15 @@ impl Kind {
             Limits,
             Audit,
             Lines,
+            DiskAudit,
+            Mismatch,
         ];
         ALL.into_iter().find(|kind| *kind as u8 == byte)
+    }
+
+    /// Its name, for people.
+    pub fn describe(byte: u8) -> String {
+        Self::from_byte(byte).map_or_else(|| byte.to_string(), |kind| format!("{kind:?}"))
     }
 }
 
@@ -112,6 +123,10 @@ pub struct EndMarker {
     pub outputs: u64,
     /// Checksums of pages.
     pub audited: u64,
+    /// Checksums of pieces of disks.
+    pub audited_chunks: u64,
+    /// The checksums are of places that the epoch sends anew, and of no others.
+    pub anew: bool,
     /// Bytes of saved state.
     pub state_len: u64,
     /// Nanoseconds from the checkpoint to the sending of this frame.
@@ -214,6 +229,15 @@ pub enum Frame {
         /// The checksums.
         sums: Vec<PageSum>,
     },
+    /// Checksums of pieces of disks, as they are at the end of the epoch.
+    DiskAudit {
+        /// Epoch.
+        epoch: u64,
+        /// The checksums.
+        sums: Vec<ChunkSum>,
+    },
+    /// Places of the shadow that are not the primary's: to be sent anew.
+    Mismatch(Vec<Mismatch>),
 }
 
 /// A frame to be sent: `head` and `body` make the payload.
@@ -326,6 +350,19 @@ pub fn audit(epoch: u64, sums: &[PageSum]) -> Vec<OutFrame<'static>> {
         OutFrame::new(Kind::Audit, 0, head, Cow::Borrowed(&[]))
     };
     sums.chunks(MAX_PIECE / 12).map(part).collect()
+}
+
+/// Checksums of pieces of disks, at most as many as an epoch may have.
+pub fn disk_audit(epoch: u64, sums: &[ChunkSum]) -> OutFrame<'static> {
+    let mut head = Vec::with_capacity(8 + 18 * sums.len());
+    head.extend_from_slice(&epoch.to_le_bytes());
+    for sum in sums {
+        head.extend_from_slice(&sum.disk.to_le_bytes());
+        head.extend_from_slice(&sum.offset.to_le_bytes());
+        head.extend_from_slice(&sum.len.to_le_bytes());
+        head.extend_from_slice(&sum.crc.to_le_bytes());
+    }
+    OutFrame::new(Kind::DiskAudit, 0, head, Cow::Borrowed(&[]))
 }
 
 /// An input frame.
@@ -458,5 +495,7 @@ pub fn encode(frame: &Frame) -> Vec<OutFrame<'static>> {
         Frame::Bye(reason) => one(OutFrame::postcard(Kind::Bye, reason)),
         Frame::Limits(limits) => one(OutFrame::postcard(Kind::Limits, limits)),
         Frame::Audit { epoch, sums } => audit(*epoch, sums),
+        Frame::DiskAudit { epoch, sums } => one(disk_audit(*epoch, sums)),
+        Frame::Mismatch(wrong) => one(OutFrame::postcard(Kind::Mismatch, wrong)),
     }
 }

@@ -2,8 +2,9 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::config::{FtDurability, FtLimits};
+use crate::config::{FtAudit, FtDurability, FtLimits};
 use crate::machine::{DiskIdentity, Identity, Refusal};
+use crate::reprotect::Reprotect;
 
 /// First frame of the primary.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -24,6 +25,10 @@ pub struct Hello {
     pub limits: FtLimits,
     /// What flushes survive.
     pub durability: FtDurability,
+    /// How the VM finds its next backup by itself, if it is to.
+    pub reprotect: Option<Reprotect>,
+    /// What becomes of a shadow that differs.
+    pub audit: FtAudit,
 }
 
 /// Two hosts' TSC frequencies may differ by one part in so many: the kernel measures them anew at each boot.

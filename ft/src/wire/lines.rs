@@ -18,7 +18,7 @@ pub struct PageLines {
 
 impl PageLines {
     /// Bytes of the lines.
-    pub fn len(self) -> usize {
+    pub fn bytes(self) -> usize {
         self.mask.count_ones() as usize * LINE
     }
 
@@ -75,7 +75,7 @@ mod tests {
                 sent += len;
             }
             prop_assert!(patched == new);
-            prop_assert_eq!(sent, lines.len());
+            prop_assert_eq!(sent, lines.bytes());
         }
     }
 

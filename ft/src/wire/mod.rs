@@ -64,8 +64,10 @@ pub enum DecodeError {
         expected: u64,
     },
     /// Damaged payload.
-    #[error("payload checksum is {found:#010x}, computed {computed:#010x}")]
+    #[error("payload checksum of a frame of type {} is {found:#010x}, computed {computed:#010x}", frame::Kind::describe(*.kind))]
     PayloadChecksum {
+        /// Type of the frame.
+        kind: u8,
         /// In the frame.
         found: u32,
         /// Of the bytes that came.

@@ -173,7 +173,7 @@ impl PageEncoder {
         }
         let mut rest = &self.line_bytes[..];
         for part in self.lines.chunks(LINE_PAGES) {
-            let (raw, later) = rest.split_at(part.iter().map(|page| page.len()).sum());
+            let (raw, later) = rest.split_at(part.iter().map(|page| page.bytes()).sum());
             rest = later;
             let (body, lz4) = pack(&mut self.gain, Cow::Owned(raw.to_vec()));
             let frame = OutFrame::lines(epoch, part, body, lz4);

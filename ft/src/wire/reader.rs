@@ -18,8 +18,13 @@ pub enum ReadError {
     #[error("the connection failed: {0}")]
     Io(#[source] io::Error),
     /// What came is no frame, or a damaged one.
-    #[error("{0}")]
-    Decode(#[from] DecodeError),
+    #[error("frame number {number}: {source}")]
+    Decode {
+        /// How many frames came before it.
+        number: u64,
+        /// What is wrong with it.
+        source: DecodeError,
+    },
 }
 
 /// What the header of a frame says beside its payload.
@@ -83,6 +88,11 @@ impl<R: Read> FrameReader<R> {
         Ok(())
     }
 
+    fn wrong(&self, source: DecodeError) -> ReadError {
+        let number = self.next_seq;
+        ReadError::Decode { number, source }
+    }
+
     /// The next frame. `heard` is called whenever bytes arrive: a sign of life even in the middle of a long frame.
     pub fn next(&mut self, heard: &mut dyn FnMut()) -> Result<(Envelope, Frame), ReadError> {
         if self.start == self.end {
@@ -91,27 +101,26 @@ impl<R: Read> FrameReader<R> {
         self.fill(header::SIZE, heard)?;
         let mut bytes = [0; header::SIZE];
         bytes.copy_from_slice(&self.buffer[self.start..self.start + header::SIZE]);
-        let header = header::Header::decode(&bytes)?;
+        let header = header::Header::decode(&bytes).map_err(|e| self.wrong(e))?;
         if header.seq != self.next_seq {
-            return Err(DecodeError::Sequence {
+            return Err(self.wrong(DecodeError::Sequence {
                 found: header.seq,
                 expected: self.next_seq,
-            }
-            .into());
+            }));
         }
-        self.next_seq += 1;
         self.start += header::SIZE;
         let payload = self.payload(header.len as usize, heard)?;
         let computed = crc32c::crc32c(&payload);
         if computed != header.payload_crc {
-            return Err(DecodeError::PayloadChecksum {
+            return Err(self.wrong(DecodeError::PayloadChecksum {
+                kind: header.kind,
                 found: header.payload_crc,
                 computed,
-            }
-            .into());
+            }));
         }
         let size = header::SIZE + payload.len();
-        let frame = decode(header.kind, header.flags, payload)?;
+        let frame = decode(header.kind, header.flags, payload).map_err(|e| self.wrong(e))?;
+        self.next_seq += 1;
         Ok((
             Envelope {
                 mark: header.mark,

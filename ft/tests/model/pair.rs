@@ -406,6 +406,7 @@ impl Pair {
         self.primary(primary::Event::Checkpointed {
             bytes: 1,
             dirty_bytes: 1,
+            anew: 0,
         });
         if self.p.sends() {
             self.send(P, Message::Epoch(epoch));
@@ -487,5 +488,9 @@ fn word(message: ToPrimary) -> FromBackup {
         ToPrimary::HandedOver(generation) => FromBackup::HandedOver(generation),
         ToPrimary::HandoverFailed { generation, reason } => FromBackup::HandoverFailed { generation, reason },
         ToPrimary::Bye(reason) => FromBackup::Bye(reason),
+        ToPrimary::Mismatch(wrong) => FromBackup::Mismatch {
+            places: wrong.len() as u64,
+            what: String::new(),
+        },
     }
 }

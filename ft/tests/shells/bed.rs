@@ -106,11 +106,16 @@ impl Drop for Relay {
     }
 }
 
-pub type Seen = Arc<Mutex<Vec<(String, String)>>>;
+/// Side, state and reason of each event.
+pub type Seen = Arc<Mutex<Vec<(String, String, String)>>>;
 
 pub fn sink(name: &str, seen: &Seen) -> EventSink {
     let (name, seen) = (name.to_string(), seen.clone());
-    Arc::new(move |event| lock(&seen).push((name.clone(), event.event.to_string())))
+    Arc::new(move |event| {
+        let reason = event.properties.iter().find(|(key, _)| key == "reason");
+        let reason = reason.map(|(_, reason)| reason.clone()).unwrap_or_default();
+        lock(&seen).push((name.clone(), event.event.to_string(), reason));
+    })
 }
 
 pub struct Bed {
@@ -185,7 +190,10 @@ impl Bed {
             tls: None,
             durability: FtDurability::default(),
             shared_disks: Vec::new(),
+            audit: FtAudit::default(),
             limits: limits(),
+            auto_reprotect: false,
+            spares: Vec::new(),
         }
     }
 
@@ -194,11 +202,21 @@ impl Bed {
     }
 
     pub fn enable(&mut self) {
-        self.primary = Some(self.try_enable(self.config()).unwrap());
+        self.enable_with(|_| ());
+    }
+
+    fn enable_with(&mut self, change: impl FnOnce(&mut FtEnableConfig)) {
+        let mut config = self.config();
+        change(&mut config);
+        self.primary = Some(self.try_enable(config).unwrap());
     }
 
     pub fn protect(&mut self) {
-        self.enable();
+        self.protect_with(|_| ());
+    }
+
+    pub fn protect_with(&mut self, change: impl FnOnce(&mut FtEnableConfig)) {
+        self.enable_with(change);
         eventually("protection", || self.primary().info().state == FtState::Protected);
         eventually("protection", || self.backup().info().state == FtState::Protected);
     }

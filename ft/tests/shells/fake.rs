@@ -216,6 +216,22 @@ impl FakeVm {
         self.run(|vm| lock(&vm.contents).ram[at..at + data.len()].copy_from_slice(data));
     }
 
+    /// A change of the disk that the log misses.
+    pub fn write_disk_unlogged(&self, offset: u64, data: &[u8]) {
+        self.run(|vm| lock(&vm.contents).disks[0][offset as usize..][..data.len()].copy_from_slice(data));
+    }
+
+    /// A bit of RAM flips by itself.
+    pub fn flip_ram(&self, gpa: u64) {
+        let at = self.offset(gpa, 1).unwrap();
+        lock(&self.contents).ram[at] ^= 0x10;
+    }
+
+    /// A bit of the disk flips by itself.
+    pub fn flip_disk(&self, offset: u64) {
+        lock(&self.contents).disks[0][offset as usize] ^= 0x10;
+    }
+
     /// The guest counts and sends the new value.
     pub fn count_and_send(&self) -> Option<u64> {
         self.run(|vm| {
@@ -459,10 +475,13 @@ pub struct FakeHost {
     pub identity: Mutex<Option<Identity>>,
     /// Its disk's content before.
     pub old_disk: Mutex<u8>,
+    shadow: Mutex<Option<Arc<FakeVm>>>,
     pub live: Mutex<Vec<Arc<FakeVm>>>,
     pub discarded: Mutex<u32>,
     pub fail_activation: Mutex<bool>,
     pub fail_apply: Arc<Mutex<bool>>,
+    /// The disk's eighth byte is not what is written there.
+    pub stuck_disk: Mutex<bool>,
     pub slow_apply: Arc<Mutex<Duration>>,
     /// The disk that the primary sees too.
     pub san: Mutex<Option<Arc<San>>>,
@@ -475,14 +494,21 @@ impl FakeHost {
         Arc::new(Self {
             identity: Mutex::default(),
             old_disk: Mutex::new(0xdd),
+            shadow: Mutex::default(),
             live: Mutex::default(),
             discarded: Mutex::default(),
             fail_activation: Mutex::default(),
             fail_apply: Arc::default(),
+            stuck_disk: Mutex::default(),
             slow_apply: Arc::default(),
             san: Mutex::default(),
             flushes: Mutex::default(),
         })
+    }
+
+    /// Does something to the shadow that was built last, behind FT's back.
+    pub fn on_shadow(&self, op: impl Fn(&FakeVm)) {
+        op(lock(&self.shadow).as_ref().unwrap());
     }
 
     pub fn live(&self) -> Option<Arc<FakeVm>> {
@@ -499,6 +525,7 @@ impl ShadowHost for HostRef {
         let vm = FakeVm::new(identity);
         lock(&vm.contents).disks[0].fill(*lock(&self.0.old_disk));
         *lock(&vm.san) = lock(&self.0.san).clone();
+        *lock(&self.0.shadow) = Some(vm.clone());
         Ok(Box::new(FakeShadow {
             vm,
             host: self.0.clone(),
@@ -527,6 +554,10 @@ impl Shadow for FakeShadow {
         self.vm.read_memory(gpa, buf)
     }
 
+    fn read_disk(&self, disk: u16, offset: u64, buf: &mut [u8]) -> Result<(), MachineError> {
+        self.vm.read_disk(disk, offset, buf)
+    }
+
     fn apply_disk(&mut self, disk: u16, change: &DiskChange) -> Result<(), MachineError> {
         std::thread::sleep(*lock(&self.host.slow_apply));
         if *lock(&self.host.fail_apply) {
@@ -542,6 +573,9 @@ impl Shadow for FakeShadow {
             DiskChange::Zero { offset, len, .. } => bytes[*offset as usize..][..*len as usize].fill(0),
             DiskChange::Flush => self.host.flushes.lock().unwrap().push(disk),
             DiskChange::Check { .. } => return Err(MachineError(format!("disk {disk} is not shared"))),
+        }
+        if *lock(&self.host.stuck_disk) {
+            bytes[7] = 0xee;
         }
         Ok(())
     }

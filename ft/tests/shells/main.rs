@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod audit;
 mod bed;
 #[cfg(feature = "etcd")]
 #[path = "../etcd/cluster.rs"]

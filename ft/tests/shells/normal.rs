@@ -84,8 +84,8 @@ fn a_busy_vm_is_protected_and_its_outputs_leave_in_order() {
     assert_eq!(bed.vm.sent().last(), Some(&(count + 1)));
     let states: Vec<String> = lock(&bed.events)
         .iter()
-        .filter(|(s, _)| s == "primary")
-        .map(|(_, e)| e.clone())
+        .filter(|(s, ..)| s == "primary")
+        .map(|(_, e, _)| e.clone())
         .collect();
     assert_eq!(states, ["syncing", "protected", "protected", "disabled"]);
 }

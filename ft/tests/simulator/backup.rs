@@ -8,6 +8,7 @@ use ft::core::staging::{StagedEpoch, Staging};
 use ft::machine::{DiskChange, DiskIdentity, Identity, Input, Output, PAGE_SIZE, SharedDisk};
 use ft::wire::frame::{EndMarker, Frame};
 
+use crate::audit::Flip;
 use crate::guest::{BLOCK, BLOCKS, Guest, PAGES, number};
 use crate::stream::{Got, Message};
 use crate::world::{Bug, Ev, Side, World, index};
@@ -17,6 +18,8 @@ pub struct BackupSide {
     pub alive: bool,
     staging: Staging,
     pub shadow: Guest,
+    /// Words of it that are not what was written.
+    pub flips: BTreeMap<usize, Flip>,
     /// What of its disk survives a power cut, as far as flushes tell.
     pub platter: [u64; BLOCKS],
     todo: VecDeque<Action>,
@@ -74,6 +77,7 @@ impl BackupSide {
             alive: true,
             staging: Staging::new(&identity(), 1 << 20),
             shadow: Guest::default(),
+            flips: BTreeMap::new(),
             platter: [0; BLOCKS],
             todo: VecDeque::new(),
             slow_until: 0,
@@ -140,7 +144,14 @@ impl World {
 
     fn backup_does(&mut self, action: Action) {
         match action {
-            Action::Send(ToPrimary::Ack(epoch)) => self.send_to_primary(Frame::Ack(epoch)),
+            Action::Send(ToPrimary::Ack(epoch)) => self.acknowledged(epoch),
+            Action::Send(ToPrimary::Mismatch(wrong)) => {
+                self.send_to_primary(Frame::Mismatch(wrong));
+                if self.bug == Some(Bug::AckDamaged) {
+                    let epoch = self.s.b.whole;
+                    self.acknowledged(epoch);
+                }
+            }
             Action::Send(ToPrimary::Disarmed) => {
                 self.s.b.out = true;
                 self.send_to_primary(Frame::Disarmed);
@@ -189,6 +200,16 @@ impl World {
         }
     }
 
+    fn acknowledged(&mut self, epoch: u64) {
+        self.send_to_primary(Frame::Ack(epoch));
+        if self.s.b.core.is_damaged() {
+            self.violated(
+                "R2",
+                format!("epoch {epoch} is acknowledged by a shadow that is known to be wrong"),
+            );
+        }
+    }
+
     fn apply_next(&mut self) {
         if !self.s.b.applying && !self.s.b.queue.is_empty() {
             self.s.b.applying = true;
@@ -220,24 +241,31 @@ impl World {
             return self.backup_step(Event::ApplyFailed("disk full".into()));
         }
         for (runs, data) in &staged.pages {
-            self.s.b.shadow.ram[runs[0].gpa as usize / PAGE_SIZE] = number(data);
+            let page = runs[0].gpa as usize / PAGE_SIZE;
+            self.s.b.shadow.ram[page] = number(data);
+            self.overwritten(page);
         }
         for run in &staged.zero {
-            self.s.b.shadow.ram[run.gpa as usize / PAGE_SIZE] = 0;
+            let page = run.gpa as usize / PAGE_SIZE;
+            self.s.b.shadow.ram[page] = 0;
+            self.overwritten(page);
         }
         let flushes = self.durable && self.bug != Some(Bug::FlushIsForgotten);
         for (_, change) in &staged.disk {
             match change {
                 DiskChange::Write { offset, data } => {
-                    self.s.b.shadow.disk[(offset / BLOCK) as usize] = number(data);
+                    let block = (offset / BLOCK) as usize;
+                    self.s.b.shadow.disk[block] = number(data);
+                    self.overwritten(PAGES + block);
                 }
-                DiskChange::Flush if flushes => self.s.b.platter = self.s.b.shadow.disk,
+                DiskChange::Flush if flushes => self.s.b.platter = self.sound_shadow().disk,
                 _ => {}
             }
         }
         if epoch == 1 && flushes {
-            self.s.b.platter = self.s.b.shadow.disk;
+            self.s.b.platter = self.sound_shadow().disk;
         }
+        self.compare(&staged);
         self.backup_step(Event::Applied { epoch });
         self.apply_next();
     }
@@ -287,6 +315,7 @@ impl World {
         self.count("inputs again", inputs.len() as u64);
         self.count("outputs again", again.len() as u64);
         self.s.b.shadow.shared = self.san.seen;
+        self.check_flips();
         self.check_takeover(epoch, &inputs, &again);
         let known = self.s.made.iter().filter(|(_, made)| made.epoch <= epoch);
         self.s.b.outputs = known.map(|(id, _)| *id).max().unwrap_or(self.s.before);
@@ -387,6 +416,8 @@ impl World {
                 b.staging.input(epoch, input)
             }
             Frame::Outputs { epoch, outputs } => b.staging.outputs(epoch, outputs),
+            Frame::Audit { epoch, sums } => b.staging.audit(epoch, sums),
+            Frame::DiskAudit { epoch, sums } => b.staging.disk_audit(epoch, sums),
             Frame::State { epoch, data } => {
                 let result = b.staging.state(epoch, &data);
                 if self.bug == Some(Bug::AckBeforeWhole) {

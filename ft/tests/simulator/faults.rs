@@ -3,6 +3,7 @@
 use ft::core::{backup, ms, primary};
 use ft::wire::frame::Frame;
 
+use crate::audit::WORDS;
 use crate::primary::limits;
 use crate::stream::{Message, NEVER, Tamper};
 use crate::world::{ACTIVE, Ev, Side, World, index};
@@ -33,6 +34,8 @@ pub enum Fault {
     SlowDisk(u64),
     /// It takes nothing any more.
     DiskFull,
+    /// A bit of a word of the shadow flips.
+    FlipShadow(usize),
     ActivationFails,
     CheckpointFails,
     Disable,
@@ -68,6 +71,7 @@ impl Fault {
             Self::Tamper(_, Tamper::Late) => "fault: frame late",
             Self::SlowDisk(_) => "fault: slow disk",
             Self::DiskFull => "fault: full disk",
+            Self::FlipShadow(_) => "fault: flipped shadow",
             Self::ActivationFails => "fault: activation",
             Self::CheckpointFails => "fault: checkpoint",
             Self::Disable => "operator: disable",
@@ -92,7 +96,7 @@ impl World {
             let at = self.now + self.below(active);
             let side = self.any_side();
             let span = [ms(20), ms(200), ms(700), ms(2_000)][self.below(4) as usize];
-            let fault = match self.below(30) {
+            let fault = match self.below(33) {
                 0..=2 => Fault::Crash(side),
                 3 | 4 => Fault::CrashAfter(side, self.below(60)),
                 5 | 6 => Fault::PowerCut(side),
@@ -115,6 +119,7 @@ impl World {
                 23..=25 => Fault::Failover,
                 26 => Fault::Leave,
                 27 => Fault::Limits,
+                28..=30 => Fault::FlipShadow(self.below(WORDS as u64) as usize),
                 _ => Fault::NoArbiter(side, span),
             };
             if self.one_in(5) {
@@ -220,6 +225,7 @@ impl World {
             Fault::Tamper(side, tamper) => self.s.streams[index(side)].tamper = Some(tamper),
             Fault::SlowDisk(span) => self.s.b.slow_until = self.now + span,
             Fault::DiskFull => self.s.b.fail_apply = true,
+            Fault::FlipShadow(word) => self.flip_shadow(word),
             Fault::ActivationFails => self.s.b.fail_activation |= !self.s.b.live,
             Fault::CheckpointFails => self.primary_step(primary::Event::MachineFailed("KVM".into())),
             Fault::Disable => self.primary_step(primary::Event::Disable("operator".into())),

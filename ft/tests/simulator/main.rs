@@ -9,6 +9,7 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod audit;
 mod backup;
 mod checks;
 mod faults;
@@ -148,6 +149,10 @@ fn the_seeds_reach_every_kind_of_end() {
         "fault: frame late",
         "fault: slow disk",
         "fault: full disk",
+        "fault: flipped shadow",
+        "flips found",
+        "flips mended",
+        "takeovers with a flip that nobody knew of",
     ] {
         assert!(reached.get(end).is_some_and(|n| *n >= 5), "{end}: {reached:?}");
     }
@@ -156,7 +161,7 @@ fn the_seeds_reach_every_kind_of_end() {
 /// The checker must catch what it is there for.
 #[test]
 fn injected_bugs_are_caught() {
-    let bugs: [(Bug, &[&str]); 22] = [
+    let bugs: [(Bug, &[&str]); 25] = [
         (Bug::ReleaseBeforeCommit, &["R1"]),
         (Bug::AckBeforeWhole, &["R2"]),
         // Of a backup that is to have flushes on disk, too.
@@ -181,6 +186,9 @@ fn injected_bugs_are_caught() {
         (Bug::MarkBeforeFlush, &["R3", "R5"]),
         (Bug::FirstWithoutFlush, &["R3"]),
         (Bug::TakeWithoutLock, &["R4"]),
+        (Bug::DamageIsForgotten, &["R6"]),
+        (Bug::RepairIsForgotten, &["liveness"]),
+        (Bug::AckDamaged, &["R2"]),
     ];
     for (bug, rules) in bugs {
         let Err((seed, violation)) = run_all(0..3_000, Some(bug)) else {

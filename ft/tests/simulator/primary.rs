@@ -8,6 +8,7 @@ use ft::core::primary::{Action, Event, FromBackup, PrimaryState, ToBackup};
 use ft::machine::{DiskChange, Input, Output, PAGE_SIZE, PageRun};
 use ft::wire::frame::{EndMarker, Frame};
 
+use crate::audit::Sums;
 use crate::guest::{BLOCK, BLOCKS, Guest, PAGES, page};
 use crate::san::{Change, SHARED, Writer};
 use crate::stream::{Got, Message};
@@ -61,6 +62,8 @@ pub struct PrimarySide {
     /// It offered the VM, and was told that the backup cannot take it.
     pub told: bool,
     deadline: u64,
+    /// Words of the shadow that the backup wants anew.
+    pub repairs: Vec<usize>,
 }
 
 pub fn limits(kind: u64) -> FtLimits {
@@ -102,6 +105,7 @@ impl PrimarySide {
             disarmed: false,
             told: false,
             deadline: 0,
+            repairs: Vec::new(),
         }
     }
 
@@ -261,6 +265,21 @@ impl World {
         if epoch == 1 && self.bug != Some(Bug::FirstWithoutFlush) {
             self.san.flushed = self.san.seen;
         }
+        let repairs = std::mem::take(&mut self.s.p.repairs);
+        for word in &repairs {
+            match word.checked_sub(PAGES) {
+                _ if self.bug == Some(Bug::RepairIsForgotten) => {}
+                None => self.s.p.dirty[*word] = true,
+                Some(block) => {
+                    self.s.p.logged.0 += 1;
+                    let value = self.s.p.guest.disk[block];
+                    self.send_to_backup(disk_frame(epoch, 0, block, value));
+                }
+            }
+        }
+        let anew = !repairs.is_empty() && self.bug != Some(Bug::RepairIsForgotten);
+        let words = if anew { repairs.clone() } else { self.audited() };
+        let sums = Sums::of(&self.s.p.guest, words.into_iter());
         let (disk, inputs) = std::mem::take(&mut self.s.p.logged);
         let dirty = std::mem::take(&mut self.s.p.dirty);
         let pages = dirty.iter().filter(|d| **d).count() as u64;
@@ -268,6 +287,7 @@ impl World {
         self.primary_step(Event::Checkpointed {
             bytes: 10_000,
             dirty_bytes: pages * PAGE_SIZE as u64,
+            anew: repairs.len() as u64,
         });
         if self.bug == Some(Bug::ReleaseBeforeCommit) {
             self.release(epoch);
@@ -293,6 +313,9 @@ impl World {
             inputs,
             outputs: outputs.len() as u64,
             state_len: 8,
+            audited: sums.pages.len() as u64,
+            audited_chunks: sums.chunks.len() as u64,
+            anew,
             ..EndMarker::default()
         };
         for i in (0..PAGES).filter(|i| dirty[*i]) {
@@ -317,6 +340,14 @@ impl World {
         }
         if !outputs.is_empty() {
             self.send_to_backup(Frame::Outputs { epoch, outputs });
+        }
+        if !sums.pages.is_empty() {
+            let sums = sums.pages;
+            self.send_to_backup(Frame::Audit { epoch, sums });
+        }
+        if !sums.chunks.is_empty() {
+            let sums = sums.chunks;
+            self.send_to_backup(Frame::DiskAudit { epoch, sums });
         }
         // The guest may have run on already: the state is that of the checkpoint.
         let state = self.s.p.history[&epoch].state;
@@ -497,6 +528,11 @@ impl World {
                 Frame::HandedOver(generation) => FromBackup::HandedOver(generation),
                 Frame::HandoverFailed { generation, reason } => FromBackup::HandoverFailed { generation, reason },
                 Frame::Bye(reason) => FromBackup::Bye(reason),
+                Frame::Mismatch(wrong) => {
+                    let places = self.mismatch(&wrong);
+                    let what = "wrong".into();
+                    FromBackup::Mismatch { places, what }
+                }
                 other => panic!("{other:?}"),
             };
             let offered = self.s.p.core.status().state == FtState::Protected;

@@ -103,6 +103,7 @@ impl World {
             session.p.core = session.p.core.with_shared_disks(self.durable);
             session.p.writer.locked = true;
         }
+        session.b.core = session.b.core.with_repair(self.repair);
         self.add_session(session);
         self.schedule(0, Ev::Pulse(Side::Primary));
         self.schedule(ms(3), Ev::Pulse(Side::Backup));

@@ -50,6 +50,12 @@ pub enum Bug {
     FirstWithoutFlush,
     /// The backup does not wait for the lock of the shared disk.
     TakeWithoutLock,
+    /// The backup forgets what the audit found.
+    DamageIsForgotten,
+    /// The primary sends nothing anew.
+    RepairIsForgotten,
+    /// A backup that is known to be wrong acknowledges.
+    AckDamaged,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -130,6 +136,8 @@ pub struct World {
     /// There is a disk that both hosts see.
     pub shared: bool,
     pub san: San,
+    /// What the audit finds is sent anew.
+    pub repair: bool,
     /// All frames go through the real encoder and reader.
     real_wire: bool,
     pub violation: Option<String>,
@@ -157,6 +165,7 @@ impl World {
             durable: false,
             shared: false,
             san: San::default(),
+            repair: false,
             real_wire: false,
             violation: None,
             delay: 0,
@@ -168,6 +177,7 @@ impl World {
         world.durable = world.one_in(2);
         world.real_wire = world.one_in(16);
         world.shared = world.one_in(2);
+        world.repair = !world.one_in(3);
         world.sessions_left = [0, 0, 1, 2][world.below(4) as usize];
         let guest = Guest {
             ram: [(); PAGES].map(|()| world.random()),

@@ -276,7 +276,7 @@ impl Rings {
             return Err(Error::DirtyLog);
         }
         let State { slots, hot, .. } = &mut *state;
-        for (slot, page) in hot.harvest() {
+        for &(slot, page) in hot.harvest() {
             slots.entry(slot).or_default().set(page);
         }
         for (slot, log) in slots {

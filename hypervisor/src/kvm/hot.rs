@@ -59,9 +59,9 @@ impl Hot {
     }
 
     /// A harvest: the pages that count as written.
-    pub(super) fn harvest(&mut self) -> impl Iterator<Item = Page> {
+    pub(super) fn harvest(&mut self) -> &BTreeSet<Page> {
         self.turn += 1;
-        self.pages.iter().copied()
+        &self.pages
     }
 
     /// Whether it was hot; it is not any more.
@@ -96,7 +96,7 @@ mod tests {
         assert!(hot.written((0, 7)));
         assert!(!hot.written((0, 8)));
         for _ in 0..=MISSED {
-            assert_eq!(hot.harvest().collect::<Vec<_>>(), [(0, 7)]);
+            assert_eq!(*hot.harvest(), BTreeSet::from([(0, 7)]));
         }
         assert!(hot.written((0, 8)), "a few misses do not matter");
         assert!(!hot.written((1, 8)), "another page in the same place");

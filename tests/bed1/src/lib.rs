@@ -7,12 +7,15 @@
 //!        cloud-hypervisor  <---log0--->  cloud-hypervisor
 //! ```
 //!
+//! A third host, namespace s, is joined to all of them in the same way.
+//!
 //! | module | what |
 //! | --- | --- |
 //! | [`cleanup`] | what must be gone when the program ends, also by a signal |
 //! | [`netns`] | the network; a [`load::dial::Dial`] from the client's namespace |
 //! | [`only`] | `--only` and `--list` of a program |
 //! | [`process`], [`http`] | one VMM process and its API |
+//! | [`images`] | disk images, seen from outside |
 //! | [`pair`] | [`pair::Bed`]: hosts with disks and the arbiter; boot, backup, protect |
 //! | [`loads`] | every load at once, and the checks of what it saw |
 //! | [`failover`] | kills, and the times and gaps around them |
@@ -22,6 +25,7 @@
 //! | [`proxied`] | a protected VM whose log channel goes through it |
 //! | [`qemu`] | the same guest under QEMU |
 //! | [`report`] | tables |
+//! | [`table`] | cases that are run one after the other: what must happen, what happened, figures |
 //!
 //! Programs: `demo`, `campaign`, `faults` and `bench`. Everything needs root and /dev/kvm.
 
@@ -29,6 +33,7 @@ pub mod chain;
 pub mod cleanup;
 pub mod failover;
 pub mod http;
+pub mod images;
 pub mod loads;
 pub mod netns;
 pub mod only;
@@ -39,3 +44,4 @@ pub mod proxy;
 pub mod qemu;
 pub mod report;
 pub mod services;
+pub mod table;

@@ -1,7 +1,8 @@
-//! The network of bed 1: three network namespaces on one machine.
+//! The network of bed 1: four network namespaces on one machine.
 //!
-//! `client` holds a bridge with the client's address; `a` and `b` are the two hosts, each with a bridge of its own that
-//! joins a tap (the VM's) and a veth to the client's bridge. A second veth joins `a` and `b` directly: the log channel.
+//! `c` (the client) holds a bridge with the client's address; `a`, `b` and `s` (the spare one) are the hosts, each with a
+//! bridge of its own that joins a tap (the VM's) and a veth to the client's bridge. Further veths join the hosts directly,
+//! each with each: the log channel.
 
 use std::fs::File;
 use std::io;
@@ -23,10 +24,13 @@ pub const GUEST_IP: &str = "192.168.100.2";
 pub const A_LOG_IP: &str = "10.99.0.1";
 /// Address of host b on the log channel's network.
 pub const B_LOG_IP: &str = "10.99.0.2";
-/// The VM's tap on either host.
+/// Address of host s on the log channel's network.
+pub const S_LOG_IP: &str = "10.99.0.3";
+/// The VM's tap on each host.
 pub const TAP: &str = "tap0";
 
-const SIDES: [&str; 3] = ["a", "b", "c"];
+const HOSTS: [&str; 3] = ["a", "b", "s"];
+const SIDES: [&str; 4] = ["a", "b", "s", "c"];
 
 /// Runs a command that changes the machine; its output is part of the error when it fails.
 pub fn run(program: &str, args: &[&str]) -> Result<String> {
@@ -77,7 +81,7 @@ impl Network {
             ip(&format!("-n {} link set br0 up", this.ns(side)))?;
         }
         ip(&format!("-n {} addr add {CLIENT_IP}/24 dev br0", this.ns("c")))?;
-        for side in ["a", "b"] {
+        for side in HOSTS {
             let (ns, client) = (this.ns(side), this.ns("c"));
             ip(&format!(
                 "link add up0 netns {ns} type veth peer name to-{side} netns {client}"
@@ -87,16 +91,31 @@ impl Network {
             ip(&format!("-n {ns} tuntap add {TAP} mode tap vnet_hdr"))?;
             ip(&format!("-n {ns} link set {TAP} master br0 up"))?;
         }
-        let (a, b) = (this.ns("a"), this.ns("b"));
-        ip(&format!("link add log0 netns {a} type veth peer name log0 netns {b}"))?;
-        ip(&format!("-n {a} addr add {A_LOG_IP}/24 dev log0"))?;
-        ip(&format!("-n {b} addr add {B_LOG_IP}/24 dev log0"))?;
-        ip(&format!("-n {a} link set log0 up"))?;
-        ip(&format!("-n {b} link set log0 up"))?;
+        this.join(("a", "log0", "/24"), ("b", "log0", "/24"))?;
+        this.join(("a", "log1", "/32"), ("s", "log0", "/32"))?;
+        this.join(("b", "log1", "/32"), ("s", "log1", "/32"))?;
         // Little, so that a stream that stands still shows at once.
         this.within("c", || set_buffers(256 << 10, 256 << 10))
             .context("socket buffers of the client")?;
         Ok(this)
+    }
+
+    /// A veth for the log channel between two hosts. What is no whole network needs a route to the other.
+    fn join(&self, one: (&str, &str, &str), two: (&str, &str, &str)) -> Result<()> {
+        let (near, far) = (self.ns(one.0), self.ns(two.0));
+        ip(&format!(
+            "link add {} netns {near} type veth peer name {} netns {far}",
+            one.1, two.1
+        ))?;
+        for ((side, link, mask), other) in [(one, two.0), (two, one.0)] {
+            let (ns, own, other) = (self.ns(side), Self::log_ip(side), Self::log_ip(other));
+            ip(&format!("-n {ns} addr add {own}{mask} dev {link}"))?;
+            ip(&format!("-n {ns} link set {link} up"))?;
+            if mask == "/32" {
+                ip(&format!("-n {ns} route add {other}/32 dev {link} src {own}"))?;
+            }
+        }
+        Ok(())
     }
 
     /// The client buffers as much as Linux does by itself: for streams that are to be fast.
@@ -104,7 +123,7 @@ impl Network {
         self.within("c", || set_buffers(6 << 20, 4 << 20))
     }
 
-    /// Name of the namespace of side `a`, `b` or `c` (client).
+    /// Name of the namespace of side `a`, `b`, `s` or `c` (client).
     pub fn ns(&self, side: &str) -> String {
         format!("{}{side}", self.tag)
     }
@@ -125,10 +144,14 @@ impl Network {
 
     /// Address of a host on the log channel's network.
     pub fn log_ip(side: &str) -> &'static str {
-        if side == "a" { A_LOG_IP } else { B_LOG_IP }
+        match side {
+            "a" => A_LOG_IP,
+            "b" => B_LOG_IP,
+            _ => S_LOG_IP,
+        }
     }
 
-    /// Takes the link of the log channel down or up again, at one side.
+    /// Takes the link of the log channel between a and b down or up again, at one side.
     pub fn set_log_link(&self, side: &str, up: bool) -> Result<()> {
         ip(&format!(
             "-n {} link set log0 {}",

@@ -1,6 +1,7 @@
 //! [`Bed`]: the hosts, their disks and the arbiter; how a guest is booted, shadowed and protected.
 
 use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -8,6 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 
 use crate::cleanup::{self, KEEP, Registered};
+use crate::images;
 use crate::netns::{GUEST_IP, Network, TAP};
 use crate::process::{Vmm, binary};
 
@@ -29,6 +31,8 @@ pub struct Options {
     pub disk_mib: u64,
     /// Disks beside that one, as large, which the guest leaves alone.
     pub idle_disks: u32,
+    /// Format of the disk on hosts a and b: `raw` or `qcow2`.
+    pub image_types: [&'static str; 2],
     /// Further words of the guest's command line.
     pub cmdline: String,
     /// Silence after which the other side counts as dead. Longer than the product's default, so that a machine that is
@@ -42,6 +46,10 @@ pub struct Options {
     pub durability: &'static str,
     /// Both hosts have one disk.
     pub shared: bool,
+    /// The spare host is used.
+    pub spares: bool,
+    /// What becomes of a shadow that differs.
+    pub audit: &'static str,
 }
 
 impl Default for Options {
@@ -51,32 +59,41 @@ impl Default for Options {
             memory_mib: 256,
             disk_mib: 16,
             idle_disks: 0,
+            image_types: ["raw"; 2],
             cmdline: String::new(),
             heartbeat_timeout_ms: 3000,
             limits: Vec::new(),
             tls: false,
             durability: "memory-of-both",
             shared: false,
+            spares: false,
+            audit: "stop",
         }
     }
 }
 
-/// One of the two hosts.
+/// One of the hosts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Side {
     /// Namespace `a`.
     A,
     /// Namespace `b`.
     B,
+    /// Namespace `s`: the spare host, where a test needs three.
+    S,
 }
 
 impl Side {
     /// Name of the namespace.
     pub fn name(self) -> &'static str {
-        if self == Self::A { "a" } else { "b" }
+        match self {
+            Self::A => "a",
+            Self::B => "b",
+            Self::S => "s",
+        }
     }
 
-    /// The other host.
+    /// The other one of hosts a and b.
     pub fn other(self) -> Self {
         if self == Self::A { Self::B } else { Self::A }
     }
@@ -96,7 +113,19 @@ pub struct Host {
     pub peer: String,
 }
 
-/// Two hosts, the network between them, a directory for all files. One bed at a time in a process: two cores are no
+impl Host {
+    /// Changes one bit of its disk behind the VMM's back, in the last sector, which the guest reaches last; its offset.
+    pub fn flip_disk_bit(&self) -> Result<u64> {
+        let disk = File::options().read(true).write(true).open(&self.disk)?;
+        let at = disk.metadata()?.len() - 1;
+        let mut byte = [0];
+        disk.read_exact_at(&mut byte, at)?;
+        disk.write_all_at(&[byte[0] ^ 4], at)?;
+        Ok(at)
+    }
+}
+
+/// The hosts, the network between them, a directory for all files. One bed at a time in a process: two cores are no
 /// place for more, and tests are threads of one process.
 pub struct Bed {
     /// The network; also the clients' way to the guest.
@@ -148,7 +177,7 @@ impl Bed {
         };
         let made = cleanup::creating(|| std::fs::create_dir_all(this.dir.join("arbiter")));
         made.with_context(|| this.dir.display().to_string())?;
-        for side in [Side::A, Side::B] {
+        for side in [Side::A, Side::B, Side::S] {
             this.new_disk(side)?;
         }
         this.started = 0;
@@ -160,7 +189,7 @@ impl Bed {
 
     fn make_certs(&self) -> Result<()> {
         let out = self.dir.join("certs");
-        let hosts = [Side::A, Side::B].map(|side| Network::log_ip(side.name()));
+        let hosts = [Side::A, Side::B, Side::S].map(|side| Network::log_ip(side.name()));
         let status = std::process::Command::new(binary("ch-remote")?)
             .args(["--json", "ft", "make-certs", "--out"])
             .arg(out)
@@ -177,9 +206,12 @@ impl Bed {
             return vec!["--insecure".into()];
         }
         let certs = self.dir.join("certs").join(Network::log_ip(side.name()));
-        let peer = Network::log_ip(side.other().name());
-        let args = ["--tls", &certs.display().to_string(), "--tls-peer", peer];
-        args.map(String::from).to_vec()
+        let mut args = vec!["--tls".to_string(), certs.display().to_string()];
+        // Of three, any other may be at the far end.
+        if !self.options.spares {
+            args.extend(["--tls-peer", Network::log_ip(side.other().name())].map(String::from));
+        }
+        args
     }
 
     /// The disk of a host.
@@ -198,9 +230,18 @@ impl Bed {
 
     /// Makes a host's disks anew, empty.
     pub fn new_disk(&self, side: Side) -> Result<()> {
-        let idle = self.idle_disks(side).into_iter().map(|(_, path)| path);
-        for path in idle.chain([self.disk(side)]) {
+        for (_, path) in self.idle_disks(side) {
             File::create(path)?.set_len(self.options.disk_mib << 20)?;
+        }
+        match self.image_type(side) {
+            "raw" => File::create(self.disk(side))?.set_len(self.options.disk_mib << 20)?,
+            format => {
+                let (path, size) = (
+                    self.disk(side).display().to_string(),
+                    format!("{}M", self.options.disk_mib),
+                );
+                images::qemu_img(&["create", "-q", "-f", format, &path, &size])?;
+            }
         }
         Ok(())
     }
@@ -211,6 +252,19 @@ impl Bed {
         (0..self.options.idle_disks)
             .map(|n| (format!("idle{n}"), file(n)))
             .collect()
+    }
+
+    fn image_type(&self, side: Side) -> &'static str {
+        self.options.image_types[usize::from(side == Side::B)]
+    }
+
+    /// The option that says of which format a host's disk is.
+    fn format(&self, side: Side) -> String {
+        match self.image_type(side) {
+            // Not said, as by most who use it.
+            "raw" if self.image_type(side.other()) == "raw" => String::new(),
+            format => format!(",image_type={format}"),
+        }
     }
 
     /// `file:DIR` of the arbiter.
@@ -230,7 +284,10 @@ impl Bed {
             ("--cmdline", self.cmdline()),
             ("--cpus", format!("boot={}", self.options.vcpus)),
             ("--memory", format!("size={}M", self.options.memory_mib)),
-            ("--disk", format!("path={}", self.disk(side).display())),
+            (
+                "--disk",
+                format!("path={}{}", self.disk(side).display(), self.format(side)),
+            ),
             ("--net", format!("tap={TAP},mac={MAC}")),
             ("--serial", format!("file={}", serial.display())),
             ("--console", "off".into()),
@@ -292,7 +349,7 @@ impl Bed {
 
     /// The same, at a given address.
     pub fn receive_at(&self, host: &mut Host, peer: &str) -> Result<()> {
-        let disk = format!("id=_disk0,path={}", host.disk.display());
+        let disk = format!("id=_disk0,path={}{}", host.disk.display(), self.format(host.side));
         let serial = format!("file={}", host.serial.display());
         let (net, arbiter) = (format!("id=_net1,tap={TAP}"), self.arbiter());
         let args = [
@@ -355,6 +412,8 @@ impl Bed {
             &arbiter,
             "--durability",
             self.options.durability,
+            "--audit",
+            self.options.audit,
             "--limits",
             &limit,
         ];

@@ -48,6 +48,59 @@ fn kvm_root_r6_a_flipped_bit_in_the_shadows_ram_is_found() -> Result<()> {
 }
 
 #[test]
+fn kvm_root_r6_a_flipped_bit_on_the_shadows_disk_is_found() -> Result<()> {
+    let mut pair = proxied()?;
+    pair.primary.vmm.remote(&["ft", "config", "audit_disk_mib_s=512"])?;
+    let rounds = |pair: &Proxied| Ok::<_, anyhow::Error>(pair.primary.vmm.ft_info()?["audit"]["disk_rounds"].as_u64());
+    let before = rounds(&pair)?;
+    while rounds(&pair)? < before.map(|n| n + 2) {
+        pair.still_protected()?;
+    }
+    let at = pair.backup.flip_disk_bit()?;
+    pair.primary.vmm.wait_ft_state("failed", LIMIT)?;
+    let reason = pair.primary.vmm.ft_info()?["reason"].to_string();
+    let chunk = at / 4096 * 4096;
+    ensure!(
+        reason.contains(&format!("audit: disk _disk0 at {chunk:#x}, 4096 bytes, is not")),
+        "{reason}"
+    );
+    pair.loads.wait_progress(5)?;
+    let disk = pair.primary.disk.clone();
+    pair.loads.verify(&disk).map(drop)
+}
+
+#[test]
+fn kvm_root_r6_flipped_bits_are_repaired_and_the_takeover_is_exact() -> Result<()> {
+    let mut pair = Proxied::new(Options {
+        audit: "repair",
+        limits: ["audit_mib_s=512", "audit_disk_mib_s=512"].map(String::from).to_vec(),
+        ..Options::default()
+    })?;
+    pair.backup.vmm.flip_ram_bit()?;
+    pair.backup.flip_disk_bit()?;
+    for host in [&mut pair.primary, &mut pair.backup] {
+        host.vmm.wait_for("two repairs", LIMIT, |vmm| {
+            let info = vmm.ft_info()?;
+            Ok(info["audit"]["repairs"] == 2 && info["state"] == "protected")
+        })?;
+        let events = std::fs::read_to_string(host.vmm.events())?;
+        for named in ["audit: the RAM page at 0x", "audit: disk _disk0 at 0x"] {
+            ensure!(events.contains(named), "{}: `{named}` is in no event", host.vmm.name);
+        }
+    }
+    pair.loads.wait_progress(20)?;
+    failover::kill(&mut pair.primary, &mut pair.backup, &pair.loads)?;
+    let disk = pair.backup.disk.clone();
+    pair.loads.verify(&disk)?;
+    let last = |disk| Ok::<_, std::io::Error>(std::fs::read(disk)?.pop());
+    ensure!(
+        last(&pair.backup.disk)? == last(&pair.primary.disk)?,
+        "the flipped bit is still on the disk"
+    );
+    Ok(())
+}
+
+#[test]
 fn kvm_root_silence_both_ways_leaves_one_side() -> Result<()> {
     let mut pair = proxied()?;
     pair.proxy.forward().stall(true);

@@ -106,3 +106,18 @@ fn kvm_root_a_backup_whose_primary_dies_while_the_guest_powers_off_ends_too() ->
     }
     Ok(())
 }
+
+#[test]
+fn kvm_root_a_protected_guest_that_powers_off_ends_its_vmm_well() -> Result<()> {
+    let mut bed = Bed::new(Options::default())?;
+    let mut primary = bed.boot(Side::A)?;
+    let mut backup = bed.backup(Side::B)?;
+    bed.protect(&mut primary, &mut backup)?;
+    control(&bed)?.power_off()?;
+    ensure!(
+        primary.vmm.wait_end(LIMIT)?,
+        "the VMM ended with an error: {}",
+        primary.vmm.tail()
+    );
+    backup.vmm.wait_ft_state("listening", LIMIT)
+}

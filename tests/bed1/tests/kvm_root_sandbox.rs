@@ -57,9 +57,10 @@ const OWN: &[&str] = &[
     "event-monitor",
     "signals",
     "vmm-control",
+    "ft-supervisor",
 ];
 const MACHINE: &[&str] = &["vcpu0", "vcpu1", "virtio_disk0", "virtio_net1", "virtio_rng"];
-const PRIMARY: &[&str] = &["ft-control", "ft-receiver", "ft-sender", "ft-pulse"];
+const PRIMARY: &[&str] = &["ft-control", "ft-audit", "ft-receiver", "ft-sender", "ft-pulse"];
 const BACKUP: &[&str] = &["ft-listen", "ft-receiver", "ft-applier", "ft-sender", "ft-pulse"];
 
 fn check_pair(primary: &Host, backup: &Host) -> Result<()> {

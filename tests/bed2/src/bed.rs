@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
-use crate::host::Host;
+use crate::host::{Host, make_disks};
 use crate::places::{self, Places};
 
 /// How long a host may take to boot.
@@ -93,6 +93,7 @@ impl Spec {
 /// A running bed. Its hosts end with it.
 pub struct Bed {
     hosts: Vec<Host>,
+    specs: Vec<HostSpec>,
     places: Places,
     keep: bool,
 }
@@ -117,6 +118,7 @@ impl Bed {
         end_with_signal();
         let mut bed = Self {
             hosts: Vec::new(),
+            specs: spec.hosts,
             places: Places {
                 images,
                 programs,
@@ -125,8 +127,9 @@ impl Bed {
             },
             keep,
         };
-        let joined = spec.hosts.len() == 2;
-        for (name, host) in ["a", "b"].into_iter().zip(&spec.hosts) {
+        let joined = bed.specs.len() == 2;
+        for (name, host) in ["a", "b"].into_iter().zip(&bed.specs) {
+            make_disks(name, host, &bed.places)?;
             bed.hosts.push(Host::start(name, host, joined, &bed.places)?);
         }
         for host in &mut bed.hosts {
@@ -141,6 +144,18 @@ impl Bed {
             .iter_mut()
             .find(|host| host.name() == name)
             .unwrap_or_else(|| panic!("the bed has no host {name}"))
+    }
+
+    /// Boots a host that is off, with its disks as they are, and waits until it takes commands.
+    pub fn restart(&mut self, name: &str) -> Result<()> {
+        let joined = self.specs.len() == 2;
+        for (host, spec) in self.hosts.iter_mut().zip(&self.specs) {
+            if host.name() == name {
+                *host = Host::start(name, spec, joined, &self.places)?;
+                host.wait_ready(BOOT)?;
+            }
+        }
+        Ok(())
     }
 
     /// All hosts.

@@ -107,6 +107,21 @@ pub fn verify(guest: &str, report: &Report) -> Result<()> {
     Ok(())
 }
 
+/// On a guest that was booted anew: how many of the first `acknowledged` writes are missing, and the last one in a row that
+/// is there.
+pub fn recovered(guest: &str, acknowledged: u64) -> Result<(u64, u64)> {
+    let mut redis = Redis::connect(guest)?;
+    let mut has = |number: u64| -> Result<bool> { Ok(redis.ask(&["GET", &key(number)])? == value_of(number)) };
+    let (mut missing, mut last) = (0, 0);
+    for number in 1..=acknowledged {
+        missing += u64::from(!has(number)?);
+    }
+    while has(last + 1)? {
+        last += 1;
+    }
+    Ok((missing, last))
+}
+
 /// Checks the file that the ssh session wrote: numbers from 1 without a gap, at least those acknowledged.
 pub fn check_lines(text: &str, report: &Report) -> Result<()> {
     let mut count = 0;
@@ -251,6 +266,8 @@ impl Redis {
         match line.split_at_checked(1) {
             Some(("+" | ":", rest)) => Ok(rest.to_string()),
             Some(("$", length)) if length.parse::<usize>().is_ok() => self.line(),
+            // No such key.
+            Some(("$", "-1")) => Ok(String::new()),
             _ => bail!("redis answered {line:?} to {}", words.join(" ")),
         }
     }

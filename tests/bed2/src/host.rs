@@ -65,12 +65,9 @@ pub struct Running {
 }
 
 impl Host {
-    /// Starts the process. `joined`: with a network interface to the other host.
+    /// Starts the process; its disks are there ([`make_disks`]). `joined`: with a network interface to the other host.
     pub(crate) fn start(name: &str, spec: &HostSpec, joined: bool, places: &Places) -> Result<Self> {
         let out = &places.out;
-        for disk in &spec.disks {
-            make_disk(&disk.content, &out.join(format!("{}-{name}.img", disk.name)))?;
-        }
         let control = places.sockets.join(name);
         let mut command = Command::new("qemu-system-x86_64");
         command.args(arguments(name, spec, joined, places));
@@ -332,6 +329,13 @@ fn connect(path: &Path, qemu: &mut Child) -> Result<UnixStream> {
             Err(_) => std::thread::sleep(Duration::from_millis(10)),
         }
     }
+}
+
+/// Makes the disks of a host as they are at the start.
+pub(crate) fn make_disks(name: &str, spec: &HostSpec, places: &Places) -> Result<()> {
+    let file = |disk: &str| places.out.join(format!("{disk}-{name}.img"));
+    let mut disks = spec.disks.iter();
+    disks.try_for_each(|disk| make_disk(&disk.content, &file(&disk.name)))
 }
 
 fn make_disk(content: &Content, file: &Path) -> Result<()> {

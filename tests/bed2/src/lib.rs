@@ -3,7 +3,7 @@
 //!
 //! * [`bed`]: what a bed is made of, starting it, its folders, its end;
 //! * [`host`]: one nested host: its qemu process, running commands on it, cutting its power;
-//! * [`protected`]: a protected Debian guest whose primary is lost, step by step;
+//! * [`protected`]: a protected Debian guest that loses a side, step by step; [`faults`]: the table of what can go wrong;
 //! * [`places`]: where programs, images and the hosts' own files are;
 //! * `bin/bed2.rs`: the command line (`scripts/bed2`); `bin/bed2-client.rs`: the client that runs on a host and holds
 //!   sessions with a guest; [`client`] is its inside, [`compare`] the figures beside QEMU.
@@ -13,6 +13,7 @@
 pub mod bed;
 pub mod client;
 pub mod compare;
+pub mod faults;
 pub mod host;
 pub mod places;
 pub mod protected;

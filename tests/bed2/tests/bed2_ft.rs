@@ -28,3 +28,20 @@ fn a_host_without_power_is_not_noticed() {
     println!("{report:#?}");
     guest.finish(&report).unwrap();
 }
+
+/// Both hosts lose their power at the same moment. With flushes on the disks of both, each copy alone has every write that
+/// was acknowledged.
+#[test]
+fn r5_both_hosts_without_power_lose_no_acknowledged_write_with_disk_of_both() {
+    let mut guest = Protected::start("ft-both-hosts", 2).unwrap();
+    guest.receive("/dev/bed/backup").unwrap();
+    guest.enable(60_000, "--durability disk-of-both").unwrap();
+    guest.sessions(20).unwrap();
+    let acknowledged = guest.cut_both().unwrap();
+    println!("acknowledged: {acknowledged:?} (redis, echo, ssh)");
+    for (host, disk) in [("a", "primary"), ("b", "backup")] {
+        let found = guest.recover(host, disk, acknowledged).unwrap();
+        println!("host {host}: {found:?}");
+        assert_eq!(found.lost(), 0, "host {host}: {found:?}");
+    }
+}

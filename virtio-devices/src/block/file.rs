@@ -4,30 +4,14 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
-use std::path::PathBuf;
 use std::sync::Arc;
 
-use super::image::DiskImage;
+use super::image::{DiskImage, DiskOptions};
 use super::lock;
 use super::pool::Pool;
 use super::uring::Uring;
 use crate::Error;
 use crate::backend::{BlockBackend, BlockOp};
-
-/// How a disk is opened.
-#[derive(Debug, Clone)]
-pub struct DiskOptions {
-    /// Raw image or block device.
-    pub path: PathBuf,
-    /// Only for reading.
-    pub readonly: bool,
-    /// Past the page cache of the host.
-    pub direct: bool,
-    /// Requests under way at most.
-    pub queue_size: u16,
-    /// Another host has it open and locked: it is not locked here until that one gives it up ([`super::lock`]).
-    pub shared: bool,
-}
 
 /// An open raw disk.
 #[derive(Debug)]
@@ -41,17 +25,22 @@ pub(super) struct DiskFile {
     block_size: u32,
 }
 
-/// Opens a disk and locks it: for writing it can be open once, for reading often, on all hosts that share the locks of
-/// its file system.
-pub fn open(options: &DiskOptions) -> Result<Arc<dyn DiskImage>, Error> {
-    open_file(options).map(|file| Arc::new(file) as Arc<dyn DiskImage>)
+/// A file that was opened and locked.
+pub(super) struct OpenFile {
+    pub(super) file: File,
+    /// The same, past the page cache, when that was asked for.
+    pub(super) direct: Option<File>,
 }
 
-pub(super) fn open_file(options: &DiskOptions) -> Result<DiskFile, Error> {
-    let error = |what: &'static str| {
-        let what = format!("disk {}: {what}", options.path.display());
-        move |source| Error::Backend { what, source }
-    };
+fn error(options: &DiskOptions, what: &'static str) -> impl FnOnce(io::Error) -> Error {
+    let what = format!("disk {}: {what}", options.path.display());
+    move |source| Error::Backend { what, source }
+}
+
+/// Opens a disk's file and locks it: for writing it can be open once, for reading often, on all hosts that share the
+/// locks of its file system.
+pub(super) fn open_locked(options: &DiskOptions) -> Result<OpenFile, Error> {
+    let error = |what| error(options, what);
     let flags = |flags: i32| {
         let mut open = File::options();
         open.read(true).write(!options.readonly).custom_flags(flags);
@@ -72,9 +61,19 @@ pub(super) fn open_file(options: &DiskOptions) -> Result<DiskFile, Error> {
     } else {
         None
     };
-    let size = io::Seek::seek(&mut &file, io::SeekFrom::End(0)).map_err(error("has no size"))?;
+    Ok(OpenFile { file, direct })
+}
+
+/// Opens and locks a raw disk.
+pub(super) fn open_raw(options: &DiskOptions) -> Result<DiskFile, Error> {
+    let OpenFile { file, direct } = open_locked(options)?;
+    let size = io::Seek::seek(&mut &file, io::SeekFrom::End(0)).map_err(error(options, "has no size"))?;
+    let kind = file
+        .metadata()
+        .map_err(error(options, "cannot be looked at"))?
+        .file_type();
     let block_size = if kind.is_block_device() {
-        sector_size(&file).map_err(error("has no sector size"))?
+        sector_size(&file).map_err(error(options, "has no sector size"))?
     } else {
         512
     };

@@ -132,7 +132,7 @@ pub(super) fn claim(vm: &Vm) -> Result<Option<String>, MachineError> {
 
 #[cfg(test)]
 mod tests {
-    use virtio_devices::block::{DiskOptions, open};
+    use virtio_devices::block::{DiskOptions, Format, open};
 
     use super::*;
 
@@ -144,7 +144,8 @@ mod tests {
             path: file.path().into(),
             readonly: false,
             direct: false,
-            queue_size: 1,
+            format: Format::Raw,
+            backing_files: false,
             shared: true,
         };
         let image = open(&options).unwrap();

@@ -1,26 +1,30 @@
 //! Fault tolerance on this VMM: the [`Plugin`] that serves `vm.ft-*` and keeps the one FT session.
 //!
 //! * [`protected`]: the running VM as FT sees it; [`shadow`]: the backup's side; [`backends`], [`blocks`]: the interposer at
-//!   the devices; [`shared`], [`disks`]: disks that both hosts see; [`consoles`]: where a shadow's consoles go.
+//!   the devices; [`shared`], [`disks`]: disks that both hosts see; [`consoles`]: where a shadow's consoles go;
+//! * [`reprotect`]: the thread that looks for a new backup.
 //!
-//! Lock order: `changing`, `session`, then FT's and the VM's own locks. FT's threads never take the first two.
+//! Lock order: `changing`, `session`, `search`, then FT's and the VM's own locks. FT's threads never take the first three.
 
 mod backends;
 mod blocks;
 mod consoles;
 mod disks;
 mod protected;
+mod reprotect;
 mod shadow;
 mod shared;
 
 use std::path::Path;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, Weak};
 
 use api::{ApiError, Request, Response};
+use crossbeam_channel::{Sender, bounded};
 use ft::arbiter::Description;
 use ft::arbiter::description::TlsFiles;
 use ft::config::{FtEnableConfig, FtInfo, FtReceiveConfig};
-use ft::{Backup, EventSink, FtEvent, Primary};
+use ft::reprotect::Policy;
+use ft::{Backup, Cancel, EventSink, FtEvent, Offer, Primary};
 use sandbox::landlock::Access;
 
 use crate::devices::Disk;
@@ -29,6 +33,7 @@ use crate::landlock::Landlock;
 use crate::plugin::Plugin;
 use crate::vm::{Vm, VmContext};
 use protected::ProtectedVm;
+use reprotect::Search;
 use shadow::{Adopt, VmShadowHost};
 
 #[derive(Clone)]
@@ -46,6 +51,12 @@ pub struct FtPlugin {
     /// Held while a session is begun or ended, which may take its time.
     changing: Mutex<()>,
     session: Mutex<Session>,
+    /// The search for a new backup, which rests while there is one.
+    search: Mutex<Option<Search>>,
+    /// The VM of a takeover.
+    taken_over: Arc<Mutex<Weak<Vm>>>,
+    /// Wakes the supervisor.
+    waker: Sender<()>,
 }
 
 fn error(status: u16, code: &str, message: impl std::fmt::Display) -> ApiError {
@@ -57,16 +68,33 @@ fn error(status: u16, code: &str, message: impl std::fmt::Display) -> ApiError {
 }
 
 impl FtPlugin {
-    /// `arbiter`: default for requests that name none. `adopt` gets the VM of a takeover.
-    pub fn new(context: VmContext, arbiter: Option<String>, adopt: Adopt) -> Self {
+    /// `arbiter`: default for requests that name none. `adopt` gets the VM of a takeover. Starts the supervisor.
+    pub fn new(context: VmContext, arbiter: Option<String>, adopt: Adopt) -> std::io::Result<Arc<Self>> {
         allow_arbiter(&context.landlock, arbiter.as_deref());
-        Self {
+        let taken_over: Arc<Mutex<Weak<Vm>>> = Arc::default();
+        let noted = taken_over.clone();
+        let adopt: Adopt = Arc::new(move |vm| {
+            *lock(&noted) = Arc::downgrade(&vm);
+            adopt(vm);
+        });
+        let (waker, woken) = bounded(1);
+        let plugin = Arc::new(Self {
             context,
             arbiter,
             adopt,
             changing: Mutex::default(),
             session: Mutex::new(Session::Off),
-        }
+            search: Mutex::default(),
+            taken_over,
+            waker,
+        });
+        reprotect::start(Arc::downgrade(&plugin), woken)?;
+        Ok(plugin)
+    }
+
+    fn wake(&self) {
+        // Full: it is woken already.
+        let _ = self.waker.try_send(());
     }
 
     /// What this request names is left accessible when the VM comes.
@@ -100,7 +128,7 @@ impl FtPlugin {
     }
 
     fn events(&self) -> EventSink {
-        let events = self.context.events.clone();
+        let (events, waker) = (self.context.events.clone(), self.waker.clone());
         Arc::new(move |event: FtEvent| {
             let properties: Vec<(&str, String)> = event
                 .properties
@@ -108,6 +136,7 @@ impl FtPlugin {
                 .map(|(key, value)| (key.as_str(), value.clone()))
                 .collect();
             events.emit("ft", event.event, &properties);
+            let _ = waker.try_send(());
         })
     }
 
@@ -119,31 +148,56 @@ impl FtPlugin {
                 "there is no running VM to protect: boot one first",
             )
         })?;
+        let _changing = lock(&self.changing);
+        self.may_begin(&vm)?;
+        if config.arbiter.is_none() {
+            config.arbiter.clone_from(&self.arbiter);
+        }
+        let failed = |e: ft::Error| error(e.status(), e.code(), &e);
+        let policy = Policy::of_primary(&config).map_err(|e| failed(e.into()))?;
+        let search = policy.map(|policy| Search::new(policy, &vm));
+        let ids = config.shared_disks.clone();
+        for id in &ids {
+            disks::shareable(&vm, id).map_err(|refusal| error(400, &refusal.code, &refusal))?;
+        }
+        let identity = protected::own_identity(&vm, &ids).map_err(|e| failed(e.into()))?;
+        let offer = ft::offer(identity, config, self.events(), &Cancel::default()).map_err(failed)?;
+        self.begin(offer, vm, &ids)?;
+        self.search_for(search);
+        Ok(Response::Empty)
+    }
+
+    /// With `changing` locked: whether protection of `vm` can begin.
+    fn may_begin(&self, vm: &Vm) -> Result<(), ApiError> {
         if let Some(reason) = vm.stop_reason() {
             return Err(error(409, "vm_stopped", format!("the VM was stopped here: {reason}")));
         }
-        let _changing = lock(&self.changing);
         // With the lock: `vm_ends` comes after this session began, or has come.
         if vm.is_ending() {
             return Err(error(409, "vm_ends", "the VM is being shut down"));
         }
-        if let Some(reason) = in_use(&self.session()) {
-            return Err(error(409, "ft_in_use", reason));
+        match in_use(&self.session()) {
+            Some(reason) => Err(error(409, "ft_in_use", reason)),
+            None => Ok(()),
         }
-        if config.arbiter.is_none() {
-            config.arbiter.clone_from(&self.arbiter);
+    }
+
+    /// With `changing` locked: a session by this offer in the place of the present one, which has ended. `shared`: ids of
+    /// disks that are shared from now on.
+    fn begin(&self, offer: Offer, vm: Arc<Vm>, shared: &[String]) -> Result<(), ApiError> {
+        self.may_begin(&vm)?;
+        // Its end was decided, but perhaps not done yet.
+        if let Session::Primary(primary) = self.session() {
+            primary.disable().map_err(|e| error(e.status(), e.code(), &e))?;
         }
-        for id in &config.shared_disks {
-            disks::shareable(&vm, id).map_err(|refusal| error(400, &refusal.code, &refusal))?;
-        }
-        let machine = ProtectedVm::new(vm.clone(), &config.shared_disks);
-        end(self.put(Session::Off));
-        let ids = config.shared_disks.clone();
-        let primary = ft::enable(machine, config, self.events()).map_err(|e| error(e.status(), e.code(), &e))?;
+        let machine = ProtectedVm::new(vm.clone(), shared);
+        let primary = offer.begin(machine).map_err(|e| error(e.status(), e.code(), &e))?;
         let disks = vm.devices().disks().iter();
-        disks.filter(|disk| ids.contains(&disk.id)).for_each(Disk::set_shared);
-        self.put(Session::Primary(Arc::new(primary)));
-        Ok(Response::Empty)
+        disks
+            .filter(|disk| shared.contains(&disk.id))
+            .for_each(Disk::set_shared);
+        end(self.put(Session::Primary(Arc::new(primary))));
+        Ok(())
     }
 
     fn receive(&self, mut config: FtReceiveConfig, vm: Option<Arc<Vm>>) -> Result<Response, ApiError> {
@@ -161,6 +215,7 @@ impl FtPlugin {
         if config.arbiter.is_none() {
             config.arbiter.clone_from(&self.arbiter);
         }
+        self.search_for(None);
         end(self.put(Session::Off));
         self.allow(&config);
         let host = VmShadowHost {
@@ -195,11 +250,7 @@ fn in_use(session: &Session) -> Option<String> {
     {
         return Some(why);
     }
-    let info = match session {
-        Session::Off => return None,
-        Session::Primary(primary) => primary.info(),
-        Session::Backup(backup) => backup.info(),
-    };
+    let info = reprotect::report(session)?;
     match info.state {
         Disabled | Solo | Failed | Stopped => None,
         state => Some(format!(
@@ -222,11 +273,8 @@ impl Plugin for FtPlugin {
             Request::FtEnable(config) => self.enable(config, vm),
             Request::FtReceive(config) => self.receive(config, vm),
             Request::FtInfo => {
-                let info = match self.session() {
-                    Session::Off => FtInfo::disabled(),
-                    Session::Primary(primary) => primary.info(),
-                    Session::Backup(backup) => backup.info(),
-                };
+                let mut info = reprotect::report(&self.session()).unwrap_or_else(FtInfo::disabled);
+                self.show_search(&mut info);
                 Ok(Response::Ft(Box::new(info)))
             }
             Request::FtDisable => {
@@ -238,6 +286,7 @@ impl Plugin for FtPlugin {
                     Session::Backup(backup) => backup.disable(),
                 }
                 .map_err(|e| error(e.status(), e.code(), &e))?;
+                self.search_for(None);
                 end(self.put(Session::Off));
                 Ok(Response::Empty)
             }
@@ -257,6 +306,7 @@ impl Plugin for FtPlugin {
 
     fn vm_ends(&self, reason: &str) {
         let _changing = lock(&self.changing);
+        self.search_for(None);
         let ended = match self.session() {
             Session::Primary(primary) => {
                 if let Err(e) = primary.disable() {
@@ -282,6 +332,7 @@ impl Plugin for FtPlugin {
 
     fn vm_failed(&self, reason: &str) {
         let _changing = lock(&self.changing);
+        self.search_for(None);
         if let Session::Primary(primary) = self.session()
             && in_use(&self.session()).is_some()
         {
@@ -293,6 +344,7 @@ impl Plugin for FtPlugin {
 
     fn shutdown(&self) {
         let _changing = lock(&self.changing);
+        self.search_for(None);
         end(self.put(Session::Off));
     }
 

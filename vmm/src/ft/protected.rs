@@ -59,6 +59,13 @@ pub struct ProtectedVm {
 }
 
 /// What both sides must agree on, of this VM on this host.
+/// Of this VM, which runs here. `shared`: ids of disks that the backup sees too, beside those that are known to be so.
+pub(super) fn own_identity(vm: &Vm, shared: &[String]) -> Result<Identity, MachineError> {
+    let mark = |disk: &Disk| (disk.is_shared() || shared.contains(&disk.id)).then(|| disks::mark(disk));
+    let marks = vm.devices().disks().iter().map(|disk| mark(disk).transpose());
+    identity(vm, &marks.collect::<Result<Vec<_>, _>>()?)
+}
+
 /// `shared`: of each disk, how it is shared.
 pub(super) fn identity(vm: &Vm, shared: &[Option<SharedDisk>]) -> Result<Identity, MachineError> {
     let config = vm.config();
@@ -163,8 +170,8 @@ fn frame_of(output: &Output) -> Option<&[u8]> {
 impl Protected for ProtectedVm {
     fn identity(&self) -> Result<Identity, MachineError> {
         let disks = self.vm.devices().disks().iter().zip(&self.disks);
-        let marks = disks.map(|(disk, side)| side.shared.then(|| disks::mark(disk)).transpose());
-        identity(&self.vm, &marks.collect::<Result<Vec<_>, _>>()?)
+        let shared = disks.filter(|(_, side)| side.shared).map(|(disk, _)| disk.id.clone());
+        own_identity(&self.vm, &shared.collect::<Vec<_>>())
     }
 
     fn start_tracking(&self) -> Result<(), MachineError> {

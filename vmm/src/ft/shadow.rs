@@ -3,14 +3,13 @@
 //! A shadow is a complete VM that was never started: RAM mapped, devices made, taps and disks open. Committed
 //! checkpoints go straight into its RAM and disks; activation loads the last state and lets it run.
 
-use std::fs::OpenOptions;
-use std::path::Path;
 use std::sync::Arc;
 
-use api::VmConfig;
-use ft::config::FtReceiveConfig;
+use api::config::ImageType;
+use api::{DiskConfig, VmConfig};
+use ft::config::{FtImageType, FtReceiveConfig};
 use ft::machine::{
-    DiskChange, Identity, Input, MachineError, Output, Protected, Refusal, Shadow, ShadowHost, Takeover,
+    DiskChange, DiskIdentity, Identity, Input, MachineError, Output, Protected, Refusal, Shadow, ShadowHost, Takeover,
 };
 
 use virtio_devices::block::DiskImage;
@@ -41,17 +40,16 @@ pub(super) fn refuse(code: &str, message: String) -> Refusal {
     }
 }
 
-fn prepare_disk(path: &Path, size: u64, id: &str) -> Result<(), Refusal> {
-    if path.exists() {
+fn prepare_disk(disk: &DiskConfig, offered: &DiskIdentity) -> Result<(), Refusal> {
+    let Some(path) = disk.path.as_deref().filter(|path| !path.exists() && !offered.readonly) else {
         return Ok(());
-    }
-    let made = OpenOptions::new()
-        .write(true)
-        .create_new(true)
-        .open(path)
-        .and_then(|f| f.set_len(size));
-    made.map_err(|e| {
-        let message = format!("cannot make {} for disk {id} on the backup: {e}", path.display());
+    };
+    crate::disks::create(disk, path, offered.size).map_err(|e| {
+        let message = format!(
+            "cannot make {} for disk {} on the backup: {e}",
+            path.display(),
+            offered.id
+        );
         refuse("disk_create_failed", message)
     })
 }
@@ -77,6 +75,13 @@ impl VmShadowHost {
                 )
             })?;
             disk.path = Some(over.path.clone());
+            if let Some(format) = over.image_type {
+                disk.image_type = Some(match format {
+                    FtImageType::Raw => ImageType::Raw,
+                    FtImageType::Qcow2 => ImageType::Qcow2,
+                });
+                disk.backing_files &= format == FtImageType::Qcow2;
+            }
         }
         for over in &self.overrides.net {
             let net = config
@@ -94,8 +99,8 @@ impl VmShadowHost {
         }
         super::consoles::override_consoles(&mut config, &self.overrides)?;
         for (disk, offered) in config.disks.iter().flatten().zip(&offered.disks) {
-            if let (Some(path), true) = (&disk.path, offered.is_replicated()) {
-                prepare_disk(path, offered.size, &offered.id)?;
+            if offered.shared.is_none() {
+                prepare_disk(disk, offered)?;
             }
         }
         Ok(config)
@@ -173,7 +178,7 @@ fn send_held(vm: &Vm, outputs: Vec<Output>) {
 }
 
 impl VmShadow {
-    /// The disk's image, for a change of this range.
+    /// The disk's image, for a change or comparison of this range.
     fn image(&self, disk: u16, offset: u64, len: u64) -> Result<Arc<dyn DiskImage>, MachineError> {
         let index = usize::from(disk);
         let (Some(disk), Some(info)) = (self.vm.devices().disks().get(index), self.identity.disks.get(index)) else {
@@ -182,7 +187,7 @@ impl VmShadow {
         if info.readonly || offset.checked_add(len).is_none_or(|end| end > info.size) {
             let reason = if info.readonly { "is read-only" } else { "ends earlier" };
             return Err(machine_error(format!(
-                "{}: change at {offset} of {len} bytes, but it {reason}",
+                "{}: {len} bytes at {offset}, but it {reason}",
                 info.id
             )));
         }
@@ -201,6 +206,11 @@ impl Shadow for VmShadow {
 
     fn read_memory(&self, gpa: u64, buf: &mut [u8]) -> Result<(), MachineError> {
         self.vm.ram().read(gpa, buf).map_err(machine_error)
+    }
+
+    fn read_disk(&self, disk: u16, offset: u64, buf: &mut [u8]) -> Result<(), MachineError> {
+        let image = self.image(disk, offset, buf.len() as u64)?;
+        image.read_at(offset, buf).map_err(machine_error)
     }
 
     fn apply_disk(&mut self, disk: u16, change: &DiskChange) -> Result<(), MachineError> {

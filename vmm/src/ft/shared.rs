@@ -176,7 +176,7 @@ mod tests {
     use std::sync::Mutex;
 
     use proptest::prelude::*;
-    use virtio_devices::block::{DiskImage, DiskOptions, open};
+    use virtio_devices::block::{DiskImage, DiskOptions, Format, open};
 
     use super::super::disks::carry_out;
     use super::*;
@@ -252,7 +252,8 @@ mod tests {
                 path: file.path().into(),
                 readonly: false,
                 direct: false,
-                queue_size: 64,
+                format: Format::Raw,
+                backing_files: false,
                 shared: true,
             };
             let image = open(&options).unwrap();

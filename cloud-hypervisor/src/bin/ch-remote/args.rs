@@ -105,8 +105,9 @@ pub enum FtCommand {
         /// committed, beyond half of which the guest is slowed down; heartbeat_ms (5-10000, 50);
         /// heartbeat_timeout_ms (500, at least 3 heartbeats): silence after which the peer counts as dead;
         /// precopy_mib_s (0 = no limit): rate of the first copy; audit_mib_s (0-65536, 16): RAM of the backup that is
-        /// compared with the primary's while both run (0 = none); delta_cache_mib (0-65536, 32): memory that remembers
-        /// pages as they were sent, so that only changed lines of a page are sent again (0 = whole pages)
+        /// compared with the primary's while both run (0 = none); audit_disk_mib_s (0-65536, 4): the same for disks;
+        /// delta_cache_mib (0-65536, 32): memory that remembers pages as they were sent, so that only changed lines of
+        /// a page are sent again (0 = whole pages)
         #[arg(value_name = "KEY=VALUE", verbatim_doc_comment)]
         settings: Vec<String>,
     },
@@ -149,7 +150,8 @@ pub struct Tls {
 pub struct Receive {
     /// Where to wait for the primary: tcp:HOST:PORT or unix:PATH
     pub listen: String,
-    /// This host's file for a disk of the VM: id=ID,path=FILE (made when it does not exist) [default: the primary's path]
+    /// This host's file for a disk of the VM: id=ID,path=FILE[,image_type=raw|qcow2] (made when it does not exist)
+    /// [default: the primary's path and format]
     #[arg(long, value_name = "SPEC", num_args = 1..)]
     pub disk: Vec<String>,
     /// This host's tap for a network device of the VM: id=ID,tap=NAME [default: the primary's name]
@@ -197,9 +199,22 @@ pub struct Enable {
     /// before the backup has it too; may be given several times. The backup's path is that of `ft receive --disk`
     #[arg(long = "shared-disk", value_name = "ID")]
     pub shared_disks: Vec<String>,
+    /// What becomes of a backup whose RAM or disk the audit finds to differ from the primary's: stop (it ends, the VM goes
+    /// on unprotected) or repair (the place is copied anew; the VM is not protected until then)
+    #[arg(long, value_name = "POLICY", default_value = "stop", value_parser = ["stop", "repair"])]
+    pub audit: String,
     /// Limits as for `ft config`, for example max_epoch_ms=50,precopy_mib_s=200
     #[arg(long, value_name = "KEY=VALUE", num_args = 1..)]
     pub limits: Vec<String>,
+    /// Look for a new backup by itself whenever the VM runs alone: here after the loss of the backup, there after a
+    /// takeover; until `ft disable`
+    #[arg(long)]
+    pub auto_reprotect: bool,
+    /// Hosts that may be the new backup, in the order in which they are tried: tcp:HOST:PORT or unix:PATH, each with a VMM
+    /// that waits (`ft receive`). The one in --peer is tried last, unless it is named here. Name this host too, if it is to
+    /// be a backup one day
+    #[arg(long, value_name = "ADDRESS", num_args = 1.., value_delimiter = ',', requires = "auto_reprotect")]
+    pub spares: Vec<String>,
     /// Return as soon as the session has begun
     #[arg(long)]
     pub no_wait: bool,

@@ -24,6 +24,10 @@ const DEAF_TIMEOUT: Nanos = ms(30_000);
 /// Silence that ends an attempt to protect the VM while it is not protected anyway.
 const SYNC_TIMEOUT: Nanos = ms(10_000);
 
+/// Epochs that may be in flight beside the usual ones while places of the shadow must be sent anew: until it has them,
+/// the backup acknowledges nothing.
+const REPAIR_AHEAD: usize = 8;
+
 /// What the primary has to do with a frame of the backup.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum FromBackup {
@@ -44,6 +48,13 @@ pub enum FromBackup {
     },
     /// It leaves and will not take over.
     Bye(String),
+    /// So many places of its shadow are wrong and must be sent anew.
+    Mismatch {
+        /// How many.
+        places: u64,
+        /// Which, in words.
+        what: String,
+    },
 }
 
 /// What the primary tells the backup, beside data.
@@ -73,6 +84,8 @@ pub enum Event {
         bytes: u64,
         /// Bytes of RAM in it.
         dirty_bytes: u64,
+        /// Places of [`FromBackup::Mismatch`] that it sends anew.
+        anew: u64,
     },
     /// A frame of the backup.
     Peer {
@@ -192,6 +205,24 @@ pub struct PrimaryState {
     lease: Lease,
     /// When the backup became armed.
     armed_at: Nanos,
+    damage: Damage,
+}
+
+/// What the backup found wrong in its shadow.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
+struct Damage {
+    /// Places that are to be sent anew. Below zero: some were sent of which the core has not been told yet.
+    places: i64,
+    /// The last epoch that sent some: with its acknowledgement all before are right again.
+    sent_with: Option<u64>,
+    what: String,
+}
+
+impl Damage {
+    /// The backup can take over as far as it knows.
+    fn is_none(&self) -> bool {
+        self.places == 0 && self.sent_with.is_none()
+    }
 }
 
 /// Disks that the backup's host sees too: their changes are outputs (R1, R3).
@@ -240,6 +271,7 @@ impl PrimaryState {
             silence: Silence::new(SYNC_TIMEOUT.max(limits.timeout), now),
             lease: Lease::new(limits.timeout),
             armed_at: now,
+            damage: Damage::default(),
         }
     }
 
@@ -266,18 +298,15 @@ impl PrimaryState {
     pub fn status(&self) -> Status {
         let state = match &self.phase {
             Phase::Syncing => FtState::Syncing,
-            Phase::Running if self.committed == 0 => FtState::Syncing,
+            Phase::Running if self.committed == 0 || !self.damage.is_none() => FtState::Syncing,
             Phase::Running | Phase::Disarming { .. } | Phase::Offered { .. } => FtState::Protected,
             Phase::Arbitrating { .. } => FtState::WaitingForArbiter,
             Phase::Ended(state) => *state,
         };
-        let trouble = match &self.phase {
-            Phase::Arbitrating { arbitration, .. } => arbitration.trouble(),
-            _ => None,
-        };
-        let reason = match (&self.reason, trouble) {
-            (Some(reason), Some(trouble)) => Some(format!("{reason}; no answer yet: {trouble}")),
-            (reason, _) => reason.clone(),
+        let reason = match &self.phase {
+            Phase::Arbitrating { arbitration, .. } => arbitration.explain(self.reason.clone()),
+            Phase::Running if !self.damage.is_none() => Some(self.damage.what.clone()),
+            _ => self.reason.clone(),
         };
         Status {
             state,
@@ -340,22 +369,24 @@ impl PrimaryState {
     }
 
     fn has_room(&self) -> bool {
-        self.in_flight.len() < self.max_in_flight
+        let repair = if self.damage.places > 0 { REPAIR_AHEAD } else { 0 };
+        self.in_flight.len() < self.max_in_flight + repair
     }
 
+    /// A VM that stands still has an epoch to end only when places must be sent anew.
     fn may_checkpoint(&self) -> bool {
+        let waits = self.still || matches!(self.handover, Handover::Last(_));
         matches!(self.phase, Phase::Running)
             && !self.checkpointing
-            && !self.still
             && self.has_room()
-            && !matches!(self.handover, Handover::Last(_))
+            && (!waits || self.damage.places > 0)
     }
 
     /// When the running epoch is to end; a [`Event::Tick`] is due then.
     pub fn deadline(&self) -> Option<Nanos> {
         let at = self.pacing.ends_at(&self.limits, self.output, self.running_bytes);
-        self.may_checkpoint()
-            .then_some(if self.handover == Handover::Wanted { 0 } else { at })
+        let at_once = self.handover == Handover::Wanted || self.damage.places > 0;
+        self.may_checkpoint().then_some(if at_once { 0 } else { at })
     }
 
     /// Pre-copy is done: the first checkpoint is to be taken (it goes on where pre-copy ended, in one pause). `false`:
@@ -378,7 +409,11 @@ impl PrimaryState {
                 (self.running_bytes, self.output) = (running_bytes, output);
                 self.tick(heard, now, &mut out);
             }
-            Event::Checkpointed { bytes, dirty_bytes } => self.checkpointed(bytes, dirty_bytes, now, &mut out),
+            Event::Checkpointed {
+                bytes,
+                dirty_bytes,
+                anew,
+            } => self.checkpointed(bytes, dirty_bytes, anew, now, &mut out),
             Event::Peer { echo, message } => self.peer(echo, message, now, &mut out),
             Event::PeerLost(reason) => self.lose(reason, now, &mut out),
             Event::Arbiter(answer) => self.answered(answer, now, &mut out),

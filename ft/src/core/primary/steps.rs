@@ -45,7 +45,7 @@ impl PrimaryState {
         }
     }
 
-    pub(super) fn checkpointed(&mut self, bytes: u64, dirty_bytes: u64, now: Nanos, out: &mut Vec<Action>) {
+    pub(super) fn checkpointed(&mut self, bytes: u64, dirty_bytes: u64, anew: u64, now: Nanos, out: &mut Vec<Action>) {
         if !self.checkpointing || self.is_over() {
             return;
         }
@@ -65,7 +65,11 @@ impl PrimaryState {
             return;
         }
         self.in_flight.push_back((ended, bytes));
-        if self.handover == Handover::Wanted {
+        if anew > 0 {
+            self.damage.places -= anew as i64;
+            self.damage.sent_with = Some(ended);
+        }
+        if self.handover != Handover::No {
             self.handover = Handover::Last(ended);
         }
         self.still = matches!(self.handover, Handover::Last(_)) || self.lag() >= self.limits.max_lag;
@@ -99,7 +103,14 @@ impl PrimaryState {
                 while self.in_flight.front().is_some_and(|(e, _)| *e <= epoch) {
                     self.in_flight.pop_front();
                 }
+                if self.damage.sent_with.is_some_and(|with| with <= epoch) {
+                    self.damage.sent_with = None;
+                }
                 self.go_on(now, out);
+            }
+            FromBackup::Mismatch { places, what } => {
+                self.damage.places = self.damage.places.saturating_add(places as i64);
+                self.damage.what = what;
             }
             FromBackup::Disarmed => match self.phase {
                 Phase::Disarming { end, .. } => self.alone(end, out),

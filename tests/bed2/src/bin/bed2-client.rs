@@ -37,7 +37,18 @@ enum Command {
         /// The report
         report: PathBuf,
     },
+    /// Print how many of the first acknowledged redis writes a freshly booted guest lacks, and the last one that it has
+    Recovered {
+        /// The guest's address
+        guest: String,
+        /// Number of acknowledged writes
+        acknowledged: u64,
+    },
 }
+
+/// Between two lines with the numbers of answers: what the last one does not tell counts as not acknowledged when the power
+/// of this host is cut.
+const TELLING: Duration = Duration::from_millis(20);
 
 fn main() -> Result<()> {
     match Cli::parse().command {
@@ -50,7 +61,7 @@ fn main() -> Result<()> {
                         && !progress.stop.load(Ordering::Relaxed)
                         && start.elapsed() < Duration::from_secs(limit)
                     {
-                        std::thread::sleep(Duration::from_millis(200));
+                        std::thread::sleep(TELLING);
                         let counts = progress.answered.each_ref().map(|count| count.load(Ordering::Relaxed));
                         println!("{} {} {}", counts[0], counts[1], counts[2]);
                     }
@@ -65,6 +76,11 @@ fn main() -> Result<()> {
         Command::Verify { guest, report } => {
             let text = fs::read_to_string(&report).with_context(|| report.display().to_string())?;
             client::verify(&guest, &serde_json::from_str(&text)?)
+        }
+        Command::Recovered { guest, acknowledged } => {
+            let (missing, last) = client::recovered(&guest, acknowledged)?;
+            println!("{missing} {last}");
+            Ok(())
         }
     }
 }

@@ -1,4 +1,4 @@
-//! `scripts/bed2`: runs a script on nested hosts, or compares our VMM with QEMU there.
+//! `scripts/bed2`: runs a script on nested hosts, tries faults there, or compares our VMM with QEMU.
 
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::PathBuf;
@@ -6,8 +6,9 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use bed1::table::Table;
 use bed2::bed::{Bed, Content, Disk, Spec};
-use bed2::{compare, places};
+use bed2::{compare, faults, places};
 use clap::{Args, Parser, Subcommand};
 
 /// The nested test bed: real Linux with KVM under qemu (TCG).
@@ -26,6 +27,8 @@ enum Command {
     /// scripts/bed2.d/lib.sh lists the functions at hand (tap, vmm, remote, guest_up, cut_power ...). The exit status is
     /// host a's, or b's when a's power was cut.
     Run(Run),
+    /// Faults of hosts and VMMs with a protected Debian guest: what must happen, what happened, figures
+    Faults(Table),
     /// Boot time, disk and network of the Debian guest on our VMM beside QEMU's
     Compare(compare::Options),
 }
@@ -60,6 +63,7 @@ struct Run {
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Run(options) => run(options),
+        Command::Faults(table) => table.run(&faults::all(), &()).map(|failed| i32::from(failed > 0)),
         Command::Compare(options) => compare::run(&options).map(|()| 0),
     };
     match result {

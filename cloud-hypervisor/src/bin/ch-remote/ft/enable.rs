@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, bail};
 use api::Client;
 use api::options::ft as options;
-use ft::config::{FtDurability, FtEnableConfig, FtInfo, FtLimits, FtProgress, FtState};
+use ft::config::{FtAudit, FtDurability, FtEnableConfig, FtInfo, FtLimits, FtProgress, FtState};
 
 use super::info::bytes;
 use crate::args::Enable;
@@ -30,7 +30,18 @@ pub fn run(client: &Client, args: &Enable, json: bool) -> Result<()> {
             FtDurability::MemoryOfBoth
         },
         shared_disks: args.shared_disks.clone(),
+        audit: if args.audit == FtAudit::Repair.name() {
+            FtAudit::Repair
+        } else {
+            FtAudit::Stop
+        },
         limits: options::limits(&args.limits)?.apply(&FtLimits::default()),
+        auto_reprotect: args.auto_reprotect,
+        spares: args
+            .spares
+            .iter()
+            .map(|spare| super::address(spare))
+            .collect::<Result<_>>()?,
     };
     client.put_json("vm.ft-enable", &config)?;
     if args.no_wait {
@@ -46,6 +57,8 @@ pub fn run(client: &Client, args: &Enable, json: bool) -> Result<()> {
         let info = client.ft_info()?;
         match info.state {
             FtState::Syncing | FtState::WaitingForArbiter => progress.show(&info),
+            // The next host is tried.
+            _ if info.reprotection.is_some() => progress.show(&info),
             _ => break info,
         }
         std::thread::sleep(POLL);
@@ -102,6 +115,14 @@ impl Progress {
             // The first moments, before the size of anything is known.
             FtState::Syncing if info.progress.ram_bytes_total == 0 => return,
             FtState::Syncing => text(&info.progress, self.terminal),
+            state if info.reprotection.is_some() => {
+                let tries = info.reprotection.as_ref().map(super::info::search).unwrap_or_default();
+                format!(
+                    "{}: {}; {tries}",
+                    state.name(),
+                    info.reason.as_deref().unwrap_or_default()
+                )
+            }
             state => state.name().into(),
         };
         self.last = Some(Instant::now());

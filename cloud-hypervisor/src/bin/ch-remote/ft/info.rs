@@ -1,6 +1,7 @@
 //! `ft info` as a table.
 
 use ft::config::{FtInfo, FtLimits, FtRole, FtStat, FtState};
+use ft::reprotect::FtReprotection;
 
 use crate::output::line;
 
@@ -9,7 +10,7 @@ fn meaning(state: FtState) -> &'static str {
     match state {
         FtState::Disabled => "fault tolerance is off",
         FtState::Listening => "waits for a primary",
-        FtState::Syncing => "RAM and disks are being copied, not yet protected",
+        FtState::Syncing => "RAM and disks are being copied, not protected until then",
         FtState::Protected => "the backup can take over at any time",
         FtState::Solo => "the VM runs here without a backup: protect it again with `ft enable`",
         FtState::TakingOver => "the VM is being activated here",
@@ -61,6 +62,13 @@ pub fn table(info: &FtInfo) {
     if info.role == FtRole::None {
         return;
     }
+    row("auto-reprotect", if info.auto_reprotect { "on" } else { "off" });
+    if !info.spares.is_empty() {
+        row("spares", &info.spares.join(" "));
+    }
+    if let Some(reprotection) = &info.reprotection {
+        row("re-protection", &search(reprotection));
+    }
     row("generation", &info.generation.to_string());
     row("epoch", &info.epoch.to_string());
     row("committed", &info.committed.to_string());
@@ -96,7 +104,20 @@ pub fn table(info: &FtInfo) {
         "bytes sent"
     };
     row(sent, &bytes(info.bytes_sent as f64));
-    row("RAM audited", &bytes(info.audited_bytes as f64));
+    let audited = |compared: u64, rounds: u64| match info.role {
+        FtRole::Backup => bytes(compared as f64),
+        _ => format!("{}, {rounds} times all of it", bytes(compared as f64)),
+    };
+    row("RAM audited", &audited(info.audit.ram_bytes, info.audit.ram_rounds));
+    row("disks audited", &audited(info.audit.disk_bytes, info.audit.disk_rounds));
+    let (differed, anew) = (info.audit.mismatches, info.audit.repairs);
+    row(
+        "audit",
+        &format!(
+            "{}, {differed} places differed, {anew} copied anew",
+            info.audit.policy.name()
+        ),
+    );
     row("lag", &bytes(info.lag_bytes as f64));
     row("guest may run", &format!("{} % of the time", info.run_percent));
     for (name, value) in [
@@ -108,6 +129,21 @@ pub fn table(info: &FtInfo) {
         }
     }
     limits(&info.limits);
+}
+
+/// How the search for a new backup goes.
+pub fn search(reprotection: &FtReprotection) -> String {
+    let mut text = format!("{} attempts", reprotection.attempts);
+    if let Some(peer) = &reprotection.trying {
+        text += &format!(", asking {peer}");
+    }
+    if let Some(seconds) = reprotection.next_in_s {
+        text += &format!(", next one in {seconds:.0} s");
+    }
+    if let Some(error) = &reprotection.last_error {
+        text += &format!("; {error}");
+    }
+    text
 }
 
 /// Prints the limits in force.
@@ -124,6 +160,7 @@ pub fn limits(limits: &FtLimits) {
     };
     row("precopy_mib_s", &rate(limits.precopy_mib_s, "no limit"));
     row("audit_mib_s", &rate(limits.audit_mib_s, "none"));
+    row("audit_disk_mib_s", &rate(limits.audit_disk_mib_s, "none"));
     row("delta_cache_mib", &format!("{} MiB", limits.delta_cache_mib));
 }
 

@@ -84,6 +84,16 @@ pub fn all() -> Vec<Case> {
             shadow_ram_flipped,
         ),
         case(
+            "bit-flip-on-shadow-disk",
+            "the audit names disk and place, the primary goes on unprotected",
+            shadow_disk_flipped,
+        ),
+        case(
+            "bit-flips-repaired",
+            "with audit=repair both places are copied anew, then a takeover is exact",
+            flips_repaired,
+        ),
+        case(
             "bit-flip-to-backup",
             "the damage is named, exactly one side goes on",
             |_| flipped(true),
@@ -273,7 +283,7 @@ fn over_slow_link(load: &loads::Options) -> Outcome {
         ("run_percent", info["run_percent"].as_f64().unwrap_or_default()),
         (
             "audited_mib",
-            info["audited_bytes"].as_f64().unwrap_or_default() / (1 << 20) as f64,
+            info["audit"]["ram_bytes"].as_f64().unwrap_or_default() / (1 << 20) as f64,
         ),
     ];
     // Nothing that is under way is lost when the primary dies.
@@ -287,9 +297,26 @@ fn over_slow_link(load: &loads::Options) -> Outcome {
 }
 
 fn shadow_ram_flipped(_: &Counts) -> Outcome {
+    let flip = |backup: &Host| {
+        backup.vmm.flip_ram_bit()?;
+        Ok("audit: the RAM page at 0x".to_string())
+    };
+    shadow_flipped("audit_mib_s=512", flip)
+}
+
+fn shadow_disk_flipped(_: &Counts) -> Outcome {
+    let flip = |backup: &Host| {
+        let chunk = backup.flip_disk_bit()? / 4096 * 4096;
+        Ok(format!("audit: disk _disk0 at {chunk:#x}, 4096 bytes, is not"))
+    };
+    shadow_flipped("audit_disk_mib_s=512", flip)
+}
+
+/// `flip` tells what the reason must name.
+fn shadow_flipped(rate: &str, flip: impl Fn(&Host) -> Result<String>) -> Outcome {
     let mut p = pair()?;
-    p.primary.vmm.remote(&["ft", "config", "audit_mib_s=512"])?;
-    p.backup.vmm.flip_ram_bit()?;
+    p.primary.vmm.remote(&["ft", "config", rate])?;
+    let named = flip(&p.backup)?;
     let moment = Instant::now();
     p.backup.vmm.wait_ft_state("failed", LIMIT)?;
     let found_ms = moment.elapsed().as_secs_f64() * 1e3;
@@ -298,16 +325,36 @@ fn shadow_ram_flipped(_: &Counts) -> Outcome {
         .as_str()
         .unwrap_or_default()
         .to_string();
-    ensure!(
-        reason.contains("audit: the RAM page at 0x"),
-        "R6: the reason does not name it: {reason}"
-    );
+    ensure!(reason.contains(&named), "R6: the reason does not name it: {reason}");
     failover::after(moment, &mut p.primary, &p.loads)?;
     p.loads.verify(&p.primary.disk)?;
     Ok((
         format!("primary runs on, {}; `{reason}`", finish(&mut p)?),
         vec![("found_ms", found_ms)],
     ))
+}
+
+fn flips_repaired(_: &Counts) -> Outcome {
+    let mut p = Proxied::new(Options {
+        audit: "repair",
+        limits: ["audit_mib_s=512", "audit_disk_mib_s=512"].map(String::from).to_vec(),
+        ..options()
+    })?;
+    p.backup.vmm.flip_ram_bit()?;
+    p.backup.flip_disk_bit()?;
+    let moment = Instant::now();
+    for host in [&mut p.primary, &mut p.backup] {
+        host.vmm.wait_for("two repairs", LIMIT, |vmm| {
+            let info = vmm.ft_info()?;
+            Ok(info["audit"]["repairs"] == 2 && info["state"] == "protected")
+        })?;
+    }
+    let mended_ms = moment.elapsed().as_secs_f64() * 1e3;
+    let mut figures = vec![("mended_ms", mended_ms)];
+    let takeover = failover::kill(&mut p.primary, &mut p.backup, &p.loads)?;
+    p.loads.verify(&p.backup.disk)?;
+    figures.push(("gap_ms", takeover.gap_ms));
+    Ok((format!("mended, then backup solo, {}", finish(&mut p)?), figures))
 }
 
 fn flipped(forward: bool) -> Outcome {
@@ -317,7 +364,9 @@ fn flipped(forward: bool) -> Outcome {
     let (who, takeover) = one_goes_on(&mut p, moment)?;
     let named = |host: &Host| {
         let log = std::fs::read_to_string(p.bed.dir.join(format!("{}.log", host.vmm.name))).unwrap_or_default();
-        log.lines().find(|line| line.contains("checksum")).map(str::to_string)
+        log.lines()
+            .find(|line| line.contains("frame number"))
+            .map(str::to_string)
     };
     let finder = if forward { &p.backup } else { &p.primary };
     let line = named(finder).context("R6: the damage is not named")?;

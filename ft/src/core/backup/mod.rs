@@ -3,10 +3,18 @@
 //! An epoch that is staged whole counts: at a loss of the primary the backup becomes the VM as it was at the end of the
 //! last such epoch (R2), after a win of the arbiter (R4), for which it asks once that epoch is applied. The
 //! acknowledgement may come later than that: when applying lags behind, which bounds what is staged, and when the epoch
-//! must be on disk first (R5).
+//! must be on disk first (R5). It does come later while the shadow is known to be wrong somewhere: then nothing that is
+//! staged can be taken over.
+
+mod damage;
+mod step;
 
 use std::collections::VecDeque;
 
+pub use self::damage::{Compared, MAX_REPAIRS};
+pub use self::step::{Action, Event, FromPrimary, ToPrimary};
+
+use self::damage::Damage;
 use super::arbitration::{Answer, Arbitration};
 use super::liveness::Silence;
 use super::staging::MAX_AHEAD;
@@ -16,109 +24,6 @@ use crate::event::Status;
 
 /// Silence that ends a session whose first checkpoint has not come.
 const SYNC_TIMEOUT: Nanos = ms(10_000);
-
-/// What the backup has to do with a frame of the primary, beside data.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum FromPrimary {
-    /// Do not take over any more.
-    Disarm(String),
-    /// Become the VM as it was at the end of this epoch.
-    Handover(u64),
-    /// New silence timeout.
-    Timeout(Nanos),
-}
-
-/// What the backup tells the primary.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum ToPrimary {
-    /// Everything up to this epoch is staged.
-    Ack(u64),
-    /// We will not take over.
-    Disarmed,
-    /// We are the VM; the generation that we won.
-    HandedOver(u64),
-    /// We won this generation, and will never run the VM.
-    HandoverFailed {
-        /// Generation that we won.
-        generation: u64,
-        /// Why we could not.
-        reason: String,
-    },
-    /// We leave.
-    Bye(String),
-}
-
-/// What happened.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Event {
-    /// Time passed.
-    Tick {
-        /// When bytes last came from the primary.
-        heard: Nanos,
-    },
-    /// An epoch has come whole.
-    Staged {
-        /// The epoch.
-        epoch: u64,
-        /// Its size.
-        bytes: u64,
-        /// It must be on disk before it is acknowledged (R5).
-        durable: bool,
-    },
-    /// The oldest epoch handed to [`Action::Apply`] is in the shadow's RAM and disks.
-    Applied {
-        /// The epoch.
-        epoch: u64,
-    },
-    /// It could not be applied; the shadow is broken.
-    ApplyFailed(String),
-    /// A frame of the primary.
-    Peer(FromPrimary),
-    /// The connection is closed.
-    PeerLost {
-        /// When bytes last came.
-        heard: Nanos,
-        /// What happened.
-        reason: String,
-    },
-    /// A frame is damaged or impossible.
-    PeerBroken {
-        /// When bytes last came.
-        heard: Nanos,
-        /// What is wrong.
-        reason: String,
-    },
-    /// The arbiter's answer.
-    Arbiter(Answer),
-    /// The VM runs here.
-    Activated,
-    /// It could not be made to run.
-    ActivationFailed(String),
-    /// The operator ends this backup.
-    Leave(String),
-}
-
-/// What to do.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Action {
-    /// Tell the primary.
-    Send(ToPrimary),
-    /// Apply a staged epoch, in the background, in order.
-    Apply(u64),
-    /// Try to raise the generation from `expected`.
-    AskArbiter {
-        /// Present generation.
-        expected: u64,
-    },
-    /// Close the connection at once.
-    Disconnect,
-    /// Close the connection, after what was sent before.
-    Farewell,
-    /// Become the VM as it was at the end of this epoch, which is applied.
-    Activate(u64),
-    /// The shadow is not needed any more.
-    Discard,
-}
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 enum Phase {
@@ -168,6 +73,7 @@ pub struct BackupState {
     backlog: u64,
     silence: Silence,
     times: Times,
+    damage: Damage,
 }
 
 impl BackupState {
@@ -186,13 +92,21 @@ impl BackupState {
             backlog,
             silence: Silence::new(SYNC_TIMEOUT.max(timeout), now),
             times: Times::default(),
+            damage: Damage::default(),
         }
+    }
+
+    /// What the audit finds is sent anew; otherwise it ends this backup.
+    pub fn with_repair(mut self, repair: bool) -> Self {
+        self.damage.repair = repair;
+        self
     }
 
     /// For events and `ft info`.
     pub fn status(&self) -> Status {
         let state = match &self.phase {
             Phase::Syncing => FtState::Syncing,
+            Phase::Armed if self.is_damaged() => FtState::Syncing,
             Phase::Armed => FtState::Protected,
             Phase::Arbitrating { .. } => FtState::WaitingForArbiter,
             Phase::TakingOver { .. } => FtState::TakingOver,
@@ -201,13 +115,10 @@ impl BackupState {
             Phase::Stopped => FtState::Stopped,
             Phase::Failed => FtState::Failed,
         };
-        let trouble = match &self.phase {
-            Phase::Arbitrating { arbitration, .. } => arbitration.trouble(),
-            _ => None,
-        };
-        let reason = match (&self.reason, trouble) {
-            (Some(reason), Some(trouble)) => Some(format!("{reason}; no answer yet: {trouble}")),
-            (reason, _) => reason.clone(),
+        let reason = match &self.phase {
+            Phase::Arbitrating { arbitration, .. } => arbitration.explain(self.reason.clone()),
+            Phase::Armed if self.is_damaged() => Some(self.damage.what.clone()),
+            _ => self.reason.clone(),
         };
         Status {
             state,
@@ -260,6 +171,7 @@ impl BackupState {
         match event {
             Event::Tick { heard } => self.tick(heard, now, &mut out),
             Event::Staged { epoch, bytes, durable } => self.staged(epoch, bytes, durable, now, &mut out),
+            Event::Compared(compared) => self.compared(compared, now, &mut out),
             Event::Applied { epoch } => self.has_applied(epoch, now, &mut out),
             Event::ApplyFailed(reason) => self.broken(format!("an epoch cannot be applied: {reason}"), &mut out),
             Event::Peer(message) => self.peer(message, now, &mut out),
@@ -317,9 +229,14 @@ impl BackupState {
     }
 
     /// Asks the arbiter, if it is time to. Not before every epoch that counts is applied: a win is of use only to who can
-    /// become the VM, and keeps the other from going on.
+    /// become the VM, and keeps the other from going on. Who is known to be wrong somewhere never can.
     fn inquire(&mut self, now: Nanos, out: &mut Vec<Action>) {
         let applied = self.applied == self.staged;
+        if applied && self.is_damaged() && matches!(self.phase, Phase::Arbitrating { .. }) {
+            let before = self.reason.take().unwrap_or_default();
+            let reason = format!("{before}; the shadow cannot take over: {}", self.damage.what);
+            return self.broken(reason, out);
+        }
         if let Phase::Arbitrating {
             arbitration,
             unsure: None,
@@ -362,6 +279,7 @@ impl BackupState {
         let durable = self.unapplied.iter().find(|(.., durable)| *durable);
         let until = durable.map_or(self.staged, |(epoch, ..)| epoch - 1);
         if matches!(self.phase, Phase::Armed)
+            && !self.is_damaged()
             && self.acked < until
             && (waiting <= self.backlog || self.unapplied.len() <= 1)
         {
