@@ -5,7 +5,7 @@
 use ft::audit::{ChunkSum, Mismatch, PageSum, Place};
 use ft::config::{FtAudit, FtDurability, FtLimits};
 use ft::core::staging::{Staging, StagingError};
-use ft::machine::{DiskChange, DiskIdentity, Identity, Input, Output, PAGE_SIZE, PageRun, Refusal};
+use ft::machine::{DiskChange, DiskIdentity, Identity, Input, Output, PAGE_SIZE, PageRun, Refusal, SharedDisk};
 use ft::reprotect::{MAX_SPARES, Reprotect};
 use ft::wire::frame::{EndMarker, Frame, OutFrame, encode};
 use ft::wire::hello::Hello;
@@ -44,10 +44,13 @@ fn read_all(stream: &[u8]) -> (Vec<Frame>, ReadError) {
 }
 
 fn identity() -> impl Strategy<Value = Identity> {
-    let disk = ("[a-z]{1,8}", any::<u64>(), any::<bool>()).prop_map(|(id, size, readonly)| DiskIdentity {
+    let shared = proptest::option::of(proptest::option::of(any::<u64>()));
+    let disk = ("[a-z]{1,8}", any::<u64>(), any::<bool>(), shared);
+    let disk = disk.prop_map(|(id, size, readonly, shared)| DiskIdentity {
         id,
         size,
         readonly,
+        shared: shared.map(|lock_gap| SharedDisk { lock_gap }),
     });
     let feature = ("[a-z0-9. ]{1,20}", any::<u32>());
     let memory = vec((any::<u64>(), any::<u64>()), 0..4);
@@ -94,6 +97,11 @@ fn change() -> impl Strategy<Value = DiskChange> {
             unmap
         }),
         Just(DiskChange::Flush),
+        (0u64..1 << 60, 0..=MAX_PIECE as u64, any::<u32>()).prop_map(|(offset, len, crc)| DiskChange::Check {
+            offset,
+            len,
+            crc
+        }),
     ]
 }
 
@@ -276,7 +284,9 @@ proptest! {
             vcpus: 1,
             cpu_features: Vec::new(),
             tsc_khz: 0,
-            disks: vec![DiskIdentity { id: "d".into(), size: 1 << 61, readonly: false }],
+            disks: [None, Some(SharedDisk { lock_gap: None })]
+                .map(|shared| DiskIdentity { id: "d".into(), size: 1 << 61, readonly: false, shared })
+                .to_vec(),
             nics: 1,
         };
         let mut staging = Staging::new(&identity, 4096);
@@ -289,7 +299,12 @@ proptest! {
                 Frame::Lines { pages, data, .. } => staging.lines(one, pages, data).is_ok(),
                 Frame::Disk { disk, change, .. } => {
                     let size = if let DiskChange::Write { data, .. } = &change { data.len() } else { 0 };
-                    let taken = staging.disk(one, disk % 2, change).is_ok();
+                    let (disk, check) = (disk % 3, matches!(change, DiskChange::Check { .. }));
+                    if disk == 1 {
+                        prop_assert!(staging.check_copy(disk, &change).is_err());
+                    }
+                    let taken = staging.disk(one, disk, change).is_ok();
+                    prop_assert!(!taken || disk == 1 || disk == 0 && !check);
                     logged += if taken { size } else { 0 };
                     taken
                 }
@@ -415,6 +430,7 @@ fn r6_an_epoch_has_so_many_checksums_of_a_disk_at_most_and_of_such_pieces() {
         id: "d".into(),
         size,
         readonly,
+        shared: None,
     };
     let identity = Identity {
         vm_id: "vm".into(),

@@ -11,6 +11,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::ops::Deref;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use api::{ConsoleConfig, DeviceNode, DeviceTree, DiskConfig, NetConfig, VmConfig, VmCounters};
@@ -92,6 +93,8 @@ pub struct Disk {
     pub size: u64,
     /// The guest cannot write it.
     pub readonly: bool,
+    /// Another host sees the same file or device, and may become the one that writes it.
+    shared: AtomicBool,
     /// Until the disk is closed.
     image: Mutex<Option<Arc<dyn DiskImage>>>,
     handle: Handle<Block>,
@@ -99,6 +102,16 @@ pub struct Disk {
 }
 
 impl Disk {
+    /// Another host sees the same disk. Once so, always so.
+    pub fn is_shared(&self) -> bool {
+        self.shared.load(Ordering::SeqCst)
+    }
+
+    /// See [`Disk::is_shared`].
+    pub fn set_shared(&self) {
+        self.shared.store(true, Ordering::SeqCst);
+    }
+
     /// The image, which the device has open too. It is closed, and its lock given back, when the device is shut down
     /// and nobody else keeps it.
     pub fn image(&self) -> io::Result<Arc<dyn DiskImage>> {
@@ -198,11 +211,16 @@ impl Slots<'_> {
     }
 }
 
-fn open_disk(config: &DiskConfig, ram: &GuestRam, slots: &mut Slots<'_>) -> Result<Disk, Error> {
+fn open_disk(config: &DiskConfig, ram: &GuestRam, slots: &mut Slots<'_>, shared: &[String]) -> Result<Disk, Error> {
     let id = config.id.clone().unwrap_or_default();
+    let shared = shared.contains(&id);
     let failed = |source| Error::Device { id: id.clone(), source };
     let path = config.path.clone().unwrap_or_default();
-    let image = block::open(&crate::disks::options(config)?).map_err(failed)?;
+    let image = block::open(&block::DiskOptions {
+        shared,
+        ..crate::disks::options(config)?
+    })
+    .map_err(failed)?;
     let backend = image.clone().backend(config.queue_size, config.disable_io_uring);
     let options = BlockOptions {
         readonly: config.readonly,
@@ -219,6 +237,7 @@ fn open_disk(config: &DiskConfig, ram: &GuestRam, slots: &mut Slots<'_>) -> Resu
         path,
         size,
         readonly: config.readonly,
+        shared: AtomicBool::new(shared),
         image: Mutex::new(Some(image)),
         handle,
         counters,
@@ -255,13 +274,15 @@ fn open_console(config: &ConsoleConfig, what: &'static str) -> Result<Option<Hos
 }
 
 impl DeviceManager {
-    /// Builds all devices of `config`; they are held still until [`DeviceManager::resume`].
+    /// Builds all devices of `config`; they are held still until [`DeviceManager::resume`]. `shared_disks`: ids of disks
+    /// that another host writes for the time being.
     pub fn new(
         config: &VmConfig,
         ram: &GuestRam,
         kvm: &Arc<dyn hypervisor::Vm>,
         router: &Arc<Router>,
         signals: Arc<dyn MachineSignals>,
+        shared_disks: &[String],
     ) -> Result<Self, Error> {
         let ioapic = Ioapic::new(router.clone(), router.clone());
         let (window64, window64_len) = layout::pci64_window(ram.size());
@@ -277,7 +298,9 @@ impl DeviceManager {
         let mut consoles = vec![ConsoleDevice::Serial(shared.clone())];
 
         let disks = config.disks.iter().flatten();
-        let disks: Vec<Disk> = disks.map(|d| open_disk(d, ram, &mut slots)).collect::<Result<_, _>>()?;
+        let disks: Vec<Disk> = disks
+            .map(|d| open_disk(d, ram, &mut slots, shared_disks))
+            .collect::<Result<_, _>>()?;
         let nets = config.net.iter().flatten();
         let nets: Vec<Nic> = nets.map(|n| open_net(n, ram, &mut slots)).collect::<Result<_, _>>()?;
 

@@ -81,6 +81,7 @@ pub fn options(disk: &DiskConfig) -> Result<DiskOptions, Error> {
         readonly: disk.readonly,
         direct: disk.direct,
         backing_files: disk.backing_files,
+        shared: false,
     })
 }
 

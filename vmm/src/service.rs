@@ -310,6 +310,9 @@ impl Vmm {
         }
         let dir = snapshot::directory(&request.destination_url).map_err(|e| error(400, "bad_url", e))?;
         self.emit("snapshotting");
+        if let Some(plugin) = &self.plugin {
+            plugin.settle()?;
+        }
         let state = vm.state().map_err(internal)?;
         vm.devices().flush_disks().map_err(internal)?;
         snapshot::save(&dir, vm.config(), &state, vm.ram()).map_err(internal)?;

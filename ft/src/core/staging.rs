@@ -131,6 +131,7 @@ pub struct Staging {
     memory: Vec<(u64, u64)>,
     /// Size of each disk; `None`: read-only.
     disks: Vec<Option<u64>>,
+    shared: Vec<bool>,
     nics: u32,
     pages_limit: u64,
     log_limit: u64,
@@ -148,6 +149,7 @@ impl Staging {
         Self {
             memory: identity.memory.clone(),
             disks: identity.disks.iter().map(|d| (!d.readonly).then_some(d.size)).collect(),
+            shared: identity.disks.iter().map(|d| d.shared.is_some()).collect(),
             nics: identity.nics,
             pages_limit: identity.memory.iter().map(|(_, size)| size / PAGE_SIZE as u64).sum(),
             log_limit,
@@ -186,13 +188,12 @@ impl Staging {
         Ok(())
     }
 
-    /// Checks that a change is within a disk that is replicated.
+    /// Checks that a change is within a disk that can be written.
     pub fn check_disk(&self, disk: u16, change: &DiskChange) -> Result<(), StagingError> {
-        let (offset, len) = match change {
-            DiskChange::Write { offset, data } => (*offset, data.len() as u64),
-            DiskChange::Zero { offset, len, .. } => (*offset, *len),
-            DiskChange::Flush => (0, 0),
-        };
+        let (offset, len) = change.range();
+        if matches!(change, DiskChange::Check { .. }) && !self.is_shared(disk) {
+            return Err(StagingError::Disk { disk, offset, len });
+        }
         self.check_range(disk, offset, len)
     }
 
@@ -218,6 +219,20 @@ impl Staging {
             (Some(size), Some(end)) if end <= size => Ok(()),
             _ => Err(StagingError::Disk { disk, offset, len }),
         }
+    }
+
+    /// Checks that a block of pre-copy is of a disk that is copied at all.
+    pub fn check_copy(&self, disk: u16, block: &DiskChange) -> Result<(), StagingError> {
+        let (offset, len) = block.range();
+        match self.is_shared(disk) {
+            true => Err(StagingError::Disk { disk, offset, len }),
+            false => self.check_disk(disk, block),
+        }
+    }
+
+    /// Both hosts see the disk.
+    pub fn is_shared(&self, disk: u16) -> bool {
+        self.shared.get(usize::from(disk)).copied().unwrap_or(false)
     }
 
     fn epoch(&mut self, epoch: u64) -> Result<&mut StagedEpoch, StagingError> {
@@ -426,6 +441,14 @@ impl Staging {
         } else {
             self.epochs.remove(&epoch)
         }
+    }
+
+    /// Takes the changes of shared disks out of an epoch that was taken.
+    pub fn take_shared(&self, staged: &mut StagedEpoch) -> Vec<(u16, DiskChange)> {
+        let change = |(disk, change): &mut (u16, DiskChange)| {
+            self.is_shared(*disk) && !matches!(change, DiskChange::Check { .. })
+        };
+        staged.disk.extract_if(.., change).collect()
     }
 
     /// The inputs of all epochs after `epoch`, in order: to be given to the guest again (R8). Everything else of them

@@ -24,7 +24,7 @@ pub mod sent;
 use thiserror::Error;
 
 /// Version of the protocol; both sides must have the same.
-pub const VERSION: u16 = 4;
+pub const VERSION: u16 = 5;
 
 /// Largest payload in bytes.
 pub const MAX_PAYLOAD: usize = 4 << 20;

@@ -1,12 +1,15 @@
 //! A VM over plain byte arrays: RAM, disks, devices that call the interposer, and a complete history of checkpoints.
 
 use std::collections::BTreeSet;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 
 use ft::interposer::Interposer;
 use ft::machine::*;
 use ft::wire::lines::LINE;
+
+use crate::san::{DISK, San};
 
 pub const PAGE: usize = PAGE_SIZE;
 pub const BLOCK: u64 = 4096;
@@ -28,6 +31,9 @@ struct Gate {
 
 pub struct FakeVm {
     pub identity: Identity,
+    /// Its name at the shared disk.
+    pub number: u64,
+    san: Mutex<Option<Arc<San>>>,
     contents: Mutex<Contents>,
     gate: Mutex<Gate>,
     moved: Condvar,
@@ -65,11 +71,13 @@ pub fn identity(id: &str) -> Identity {
                 id: "_disk0".into(),
                 size: 64 * BLOCK,
                 readonly: false,
+                shared: None,
             },
             DiskIdentity {
                 id: "_disk1".into(),
                 size: 8 * BLOCK,
                 readonly: true,
+                shared: None,
             },
         ],
         nics: 2,
@@ -92,8 +100,11 @@ impl FakeVm {
 
     pub fn with(identity: Identity, contents: Contents) -> Arc<Self> {
         let blocks = identity.disks.iter().map(|_| BTreeSet::new()).collect();
+        static NUMBER: AtomicU64 = AtomicU64::new(0);
         Arc::new(Self {
             identity,
+            number: NUMBER.fetch_add(1, Ordering::Relaxed),
+            san: Mutex::default(),
             contents: Mutex::new(contents),
             gate: Mutex::default(),
             moved: Condvar::new(),
@@ -108,6 +119,55 @@ impl FakeVm {
             throttled: Mutex::default(),
             slow_release: Mutex::default(),
         })
+    }
+
+    /// With a disk that other hosts see, too, and whose content is there already.
+    pub fn on(identity: Identity, san: &Arc<San>) -> Arc<Self> {
+        let vm = Self::new(identity);
+        lock(&vm.contents).disks[usize::from(DISK)] = san.bytes();
+        *lock(&vm.san) = Some(san.clone());
+        vm
+    }
+
+    fn san(&self) -> Option<Arc<San>> {
+        lock(&self.san).clone()
+    }
+
+    /// What is stuck on the way to it is lost.
+    pub fn forget_san(&self) {
+        *lock(&self.san) = None;
+    }
+
+    fn change_shared(&self, change: &DiskChange) -> bool {
+        self.run(|vm| {
+            let (offset, len) = change.range();
+            let range = offset as usize..(offset + len) as usize;
+            match change {
+                DiskChange::Write { data, .. } => {
+                    lock(&vm.contents).disks[usize::from(DISK)][range].copy_from_slice(data);
+                }
+                _ => lock(&vm.contents).disks[usize::from(DISK)][range].fill(0),
+            }
+            match lock(&vm.interposer).clone() {
+                Some(i) => i.hold_disk(DISK, change.clone()),
+                None => vm.san().unwrap().carry_out(vm.number, change).unwrap(),
+            }
+        })
+        .is_some()
+    }
+
+    pub fn write_shared_disk(&self, offset: u64, data: &[u8]) -> bool {
+        let data = data.to_vec();
+        self.change_shared(&DiskChange::Write { offset, data })
+    }
+
+    pub fn zero_shared_disk(&self, offset: u64, len: u64) -> bool {
+        let unmap = true;
+        self.change_shared(&DiskChange::Zero { offset, len, unmap })
+    }
+
+    pub fn flush_shared_disk(&self) -> bool {
+        self.change_shared(&DiskChange::Flush)
     }
 
     fn offset(&self, gpa: u64, len: usize) -> Result<usize, MachineError> {
@@ -379,6 +439,25 @@ impl Protected for FakeVm {
         std::thread::sleep(pause);
     }
 
+    fn write_shared(&self, _disk: u16, change: &DiskChange) -> Result<(), MachineError> {
+        let Some(san) = self.san() else {
+            return Err(MachineError("the disk is closed".into()));
+        };
+        san.wait();
+        match self.san() {
+            Some(san) => san.carry_out(self.number, change),
+            None => Ok(()),
+        }
+    }
+
+    fn yield_disks(&self) {
+        self.san().iter().for_each(|san| san.give_back(self.number));
+    }
+
+    fn claim_disks(&self) -> Result<Option<String>, MachineError> {
+        Ok(self.san().and_then(|san| san.claim(self.number)))
+    }
+
     fn throttle(&self, run_percent: u8) {
         lock(&self.throttled).push(run_percent);
     }
@@ -404,6 +483,8 @@ pub struct FakeHost {
     /// The disk's eighth byte is not what is written there.
     pub stuck_disk: Mutex<bool>,
     pub slow_apply: Arc<Mutex<Duration>>,
+    /// The disk that the primary sees too.
+    pub san: Mutex<Option<Arc<San>>>,
     /// Disks that were flushed.
     pub flushes: Mutex<Vec<u16>>,
 }
@@ -420,6 +501,7 @@ impl FakeHost {
             fail_apply: Arc::default(),
             stuck_disk: Mutex::default(),
             slow_apply: Arc::default(),
+            san: Mutex::default(),
             flushes: Mutex::default(),
         })
     }
@@ -442,6 +524,7 @@ impl ShadowHost for HostRef {
         let identity = lock(&self.0.identity).clone().unwrap_or_else(|| offered.clone());
         let vm = FakeVm::new(identity);
         lock(&vm.contents).disks[0].fill(*lock(&self.0.old_disk));
+        *lock(&vm.san) = lock(&self.0.san).clone();
         *lock(&self.0.shadow) = Some(vm.clone());
         Ok(Box::new(FakeShadow {
             vm,
@@ -480,12 +563,16 @@ impl Shadow for FakeShadow {
         if *lock(&self.host.fail_apply) {
             return Err(MachineError("the backup's disk is full".into()));
         }
+        if let (DISK, Some(san)) = (disk, self.vm.san()) {
+            return san.carry_out(self.vm.number, change);
+        }
         let mut contents = lock(&self.vm.contents);
         let bytes = &mut contents.disks[usize::from(disk)];
         match change {
             DiskChange::Write { offset, data } => bytes[*offset as usize..][..data.len()].copy_from_slice(data),
             DiskChange::Zero { offset, len, .. } => bytes[*offset as usize..][..*len as usize].fill(0),
             DiskChange::Flush => self.host.flushes.lock().unwrap().push(disk),
+            DiskChange::Check { .. } => return Err(MachineError(format!("disk {disk} is not shared"))),
         }
         if *lock(&self.host.stuck_disk) {
             bytes[7] = 0xee;
@@ -493,8 +580,16 @@ impl Shadow for FakeShadow {
         Ok(())
     }
 
+    fn claim_disks(&mut self) -> Result<Option<String>, MachineError> {
+        Ok(self.vm.san().and_then(|san| san.claim(self.vm.number)))
+    }
+
     fn activate(self: Box<Self>, takeover: Takeover) -> Result<Arc<dyn Protected>, MachineError> {
+        if let Some(san) = self.vm.san() {
+            lock(&self.vm.contents).disks[usize::from(DISK)] = san.bytes();
+        }
         if *lock(&self.host.fail_activation) {
+            self.vm.yield_disks();
             return Err(MachineError("no more vCPUs on this host".into()));
         }
         lock(&self.vm.contents).counter = u64::from_le_bytes(takeover.state[..].try_into().unwrap());

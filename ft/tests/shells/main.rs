@@ -15,7 +15,9 @@ mod fake;
 mod loss;
 mod normal;
 mod refusal;
+mod san;
 mod secure;
+mod shared;
 #[cfg(feature = "etcd")]
 #[path = "../etcd/tls.rs"]
 #[allow(dead_code)]

@@ -44,6 +44,8 @@ pub struct Options {
     pub tls: bool,
     /// Flush durability policy.
     pub durability: &'static str,
+    /// Both hosts have one disk.
+    pub shared: bool,
     /// The spare host is used.
     pub spares: bool,
     /// What becomes of a shadow that differs.
@@ -63,6 +65,7 @@ impl Default for Options {
             limits: Vec::new(),
             tls: false,
             durability: "memory-of-both",
+            shared: false,
             spares: false,
             audit: "stop",
         }
@@ -214,10 +217,8 @@ impl Bed {
     /// The disk of a host.
     pub fn disk(&self, side: Side) -> PathBuf {
         let moved = self.moved.iter().find(|(of, _)| *of == side);
-        moved.map_or_else(
-            || self.dir.join(format!("{}.img", side.name())),
-            |(_, path)| path.clone(),
-        )
+        let name = if self.options.shared { "shared" } else { side.name() };
+        moved.map_or_else(|| self.dir.join(format!("{name}.img")), |(_, path)| path.clone())
     }
 
     /// Puts a host's disk, empty, somewhere else in the bed's directory.
@@ -418,10 +419,20 @@ impl Bed {
         ];
         [
             args.map(String::from).to_vec(),
+            self.shared_args(),
             self.options.limits.clone(),
             self.security(backup.side.other()),
         ]
         .concat()
+    }
+
+    fn shared_args(&self) -> Vec<String> {
+        let args = if self.options.shared {
+            &["--shared-disk", "_disk0"][..]
+        } else {
+            &[]
+        };
+        args.iter().map(ToString::to_string).collect()
     }
 
     /// Keeps the directory, for a look at logs and disks.

@@ -7,6 +7,7 @@ use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::sync::Arc;
 
 use super::image::{DiskImage, DiskOptions};
+use super::lock;
 use super::pool::Pool;
 use super::uring::Uring;
 use crate::Error;
@@ -51,7 +52,9 @@ pub(super) fn open_locked(options: &DiskOptions) -> Result<OpenFile, Error> {
         let source = io::Error::new(io::ErrorKind::InvalidInput, "neither a regular file nor a block device");
         return Err(error("cannot be used")(source));
     }
-    lock(&file, options.readonly).map_err(error("is in use by another process"))?;
+    if !options.shared {
+        lock::take(&file, options.readonly).map_err(error("is in use by another process"))?;
+    }
     let direct = if options.direct {
         let direct = flags(libc::O_DIRECT).open(&options.path);
         Some(direct.map_err(error("cannot be opened for direct I/O (direct=on)"))?)
@@ -82,27 +85,6 @@ pub(super) fn open_raw(options: &DiskOptions) -> Result<DiskFile, Error> {
         size,
         block_size,
     })
-}
-
-/// Takes an open file description lock on the whole file; it lasts until the file is closed.
-fn lock(file: &File, readonly: bool) -> io::Result<()> {
-    // SAFETY: all-zero bytes are a valid flock: the whole file, no process.
-    let mut flock: libc::flock = unsafe { std::mem::zeroed() };
-    flock.l_type = if readonly { libc::F_RDLCK } else { libc::F_WRLCK } as libc::c_short;
-    flock.l_whence = libc::SEEK_SET as libc::c_short;
-    // SAFETY: F_OFD_SETLK reads a flock.
-    if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &flock) } == 0 {
-        return Ok(());
-    }
-    let e = io::Error::last_os_error();
-    match e.raw_os_error() {
-        Some(libc::EAGAIN | libc::EACCES) => Err(e),
-        // A file system without locks.
-        _ => {
-            log::warn!("the disk image is not locked: {e}");
-            Ok(())
-        }
-    }
 }
 
 fn sector_size(file: &File) -> io::Result<u32> {
@@ -234,6 +216,10 @@ impl DiskImage for DiskFile {
 
     fn block_size(&self) -> u32 {
         self.block_size
+    }
+
+    fn raw(&self) -> Option<&File> {
+        Some(&self.file)
     }
 
     unsafe fn perform(&self, op: BlockOp, iovecs: &[libc::iovec]) -> io::Result<u32> {

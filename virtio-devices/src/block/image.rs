@@ -35,6 +35,8 @@ pub struct DiskOptions {
     pub direct: bool,
     /// The image may name other files to be read where it has no data (qcow2).
     pub backing_files: bool,
+    /// Another host has it open and locked: it is not locked here until that one gives it up ([`super::lock`]).
+    pub shared: bool,
 }
 
 /// Opens an image and locks it: for writing it can be open once, for reading often, on all hosts that share the locks
@@ -76,6 +78,11 @@ pub trait DiskImage: std::fmt::Debug + Send + Sync {
 
     /// Logical block size in bytes.
     fn block_size(&self) -> u32;
+
+    /// The file whose bytes are the disk's own, if there is nothing more to the image: such a disk two hosts can share.
+    fn raw(&self) -> Option<&File> {
+        None
+    }
 
     /// Does one request, within the disk, and waits for it. Returns the bytes moved.
     ///
@@ -139,6 +146,7 @@ mod tests {
             readonly: false,
             direct: false,
             backing_files: false,
+            shared: false,
         })
         .unwrap();
         assert_eq!(image.size(), 1 << 20);

@@ -1,13 +1,15 @@
 //! The block device (virtio 1.3, 5.2): one queue; data go between guest RAM and the disk without a copy.
 //!
 //! * this file: the device; `request`: what a chain asks for; [`persist`]: saved state;
-//! * [`image`]: what a disk image can do; `file`: raw ones, and locks; `qcow2`; `uring` and `pool`: the two backends.
+//! * [`image`]: what a disk image can do; `file`: raw ones; [`lock`]: their locks; `qcow2`; `uring` and `pool`: the two
+//!   backends.
 //!
 //! Changes that overlap one that is under way wait for it. So they take effect in the order in which the guest gave
 //! them, and a copy of the disk that is made from the log of changes is equal (rule R3).
 
 mod file;
 pub mod image;
+pub mod lock;
 #[cfg(test)]
 mod order_tests;
 pub mod persist;

@@ -41,6 +41,7 @@ pub(super) fn raw(path: &Path, readonly: bool) -> DiskOptions {
         readonly,
         direct: false,
         backing_files: false,
+        shared: false,
     }
 }
 

@@ -15,6 +15,7 @@ use ft::machine::{
 use virtio_devices::block::DiskImage;
 
 use super::backends::{ReplayNet, transmit_all};
+use super::disks;
 use super::protected::{ProtectedVm, identity, machine_error, no_disk};
 use crate::state::VmState;
 use crate::vm::{Holder, Vm, VmContext};
@@ -32,7 +33,7 @@ pub struct VmShadowHost {
     pub adopt: Adopt,
 }
 
-fn refuse(code: &str, message: String) -> Refusal {
+pub(super) fn refuse(code: &str, message: String) -> Refusal {
     Refusal {
         code: code.into(),
         message,
@@ -102,7 +103,9 @@ impl VmShadowHost {
             .validate()
             .map_err(|e| refuse("config_not_valid", e.to_string()))?;
         for (disk, offered) in config.disks.iter().flatten().zip(&offered.disks) {
-            prepare_disk(disk, offered)?;
+            if offered.shared.is_none() {
+                prepare_disk(disk, offered)?;
+            }
         }
         Ok(config)
     }
@@ -113,13 +116,18 @@ impl ShadowHost for VmShadowHost {
         let config = self.config(offered)?;
         let failed =
             |e: &dyn std::fmt::Display| refuse("shadow_failed", format!("the backup cannot build the VM: {e}"));
-        let vm = Vm::new(config, Some(offered.vm_id.clone()), &self.context).map_err(|e| failed(&e))?;
-        let mut identity = identity(&vm).map_err(|e| failed(&e))?;
+        let shared = offered.disks.iter().filter(|disk| disk.shared.is_some());
+        let shared: Vec<String> = shared.map(|disk| disk.id.clone()).collect();
+        let vm = Vm::shadow(config, offered.vm_id.clone(), &self.context, &shared).map_err(|e| failed(&e))?;
+        disks::find_marks(&vm, offered)?;
+        let shared: Vec<_> = offered.disks.iter().map(|disk| disk.shared).collect();
+        let mut identity = identity(&vm, &shared).map_err(|e| failed(&e))?;
         // Paths and taps differ by host; what counts is compared field by field.
         identity.config.clone_from(&offered.config);
         Ok(Box::new(VmShadow {
             vm,
             identity,
+            claimed: false,
             adopt: self.adopt.clone(),
         }))
     }
@@ -128,6 +136,8 @@ impl ShadowHost for VmShadowHost {
 struct VmShadow {
     vm: Arc<Vm>,
     identity: Identity,
+    /// The locks of shared disks were taken.
+    claimed: bool,
     adopt: Adopt,
 }
 
@@ -208,17 +218,23 @@ impl Shadow for VmShadow {
     }
 
     fn apply_disk(&mut self, disk: u16, change: &DiskChange) -> Result<(), MachineError> {
-        let changed = match change {
-            DiskChange::Write { offset, data } => {
-                let image = self.image(disk, *offset, data.len() as u64)?;
-                image.write_at(*offset, data)
-            }
-            DiskChange::Zero { offset, len, unmap } => {
-                self.image(disk, *offset, *len)?.write_zeroes(*offset, *len, *unmap)
-            }
-            DiskChange::Flush => self.image(disk, 0, 0)?.flush(),
-        };
-        changed.map_err(machine_error)
+        let (offset, len) = change.range();
+        let image = self.image(disk, offset, len)?;
+        let shared = self
+            .identity
+            .disks
+            .get(usize::from(disk))
+            .is_some_and(|d| d.shared.is_some());
+        if shared && !self.claimed && !matches!(change, DiskChange::Check { .. }) {
+            return Err(machine_error("a shared disk is the primary's until its lock is taken"));
+        }
+        disks::carry_out(image.as_ref(), change)
+    }
+
+    fn claim_disks(&mut self) -> Result<Option<String>, MachineError> {
+        let who = disks::claim(&self.vm)?;
+        self.claimed = who.is_none();
+        Ok(who)
     }
 
     fn activate(self: Box<Self>, takeover: Takeover) -> Result<Arc<dyn Protected>, MachineError> {
@@ -239,7 +255,7 @@ impl Shadow for VmShadow {
             }
         }
         // All that can fail comes before the VM runs: after a failed activation the primary may go on (R4).
-        let protected = ProtectedVm::new(vm.clone());
+        let protected = ProtectedVm::new(vm.clone(), &[]);
         (self.adopt)(vm.clone());
         // Switches learn where the addresses are now before the first frame leaves; then comes what the primary may not
         // have sent; then the guest runs.
