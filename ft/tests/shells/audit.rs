@@ -69,6 +69,11 @@ fn r6_what_differs_is_sent_anew_and_the_takeover_is_exact() {
     let bed = protected(FtAudit::Repair);
     bed.vm.write_ram(3 * PAGE as u64, &[7; 64]);
     bed.vm.write_disk(0, &[5; 512]);
+    // What is on its way would undo a flip.
+    eventually("an equal shadow", || {
+        let (vm, shadow) = (bed.vm.contents(), bed.host.shadow().contents());
+        vm.ram == shadow.ram && vm.disks[0] == shadow.disks[0]
+    });
     for (n, flip) in [
         |vm: &FakeVm| vm.flip_ram(3 * PAGE as u64 + 9),
         |vm: &FakeVm| vm.flip_ram((1 << 20) + 5 * PAGE as u64),
@@ -78,7 +83,7 @@ fn r6_what_differs_is_sent_anew_and_the_takeover_is_exact() {
     .iter()
     .enumerate()
     {
-        bed.host.on_shadow(flip);
+        flip(&bed.host.shadow());
         eventually("a repair", || {
             bed.vm.count_and_send();
             bed.vm.write_disk(BLOCK, &[n as u8; 100]);
@@ -107,7 +112,7 @@ fn r6_what_differs_is_sent_anew_and_the_takeover_is_exact() {
 fn r2_a_shadow_that_is_known_to_be_wrong_commits_nothing() {
     let bed = protected(FtAudit::Repair);
     *lock(&bed.host.slow_apply) = Duration::from_secs(2);
-    bed.host.on_shadow(|vm| vm.flip_disk(7));
+    bed.host.shadow().flip_disk(7);
     bed.wait_backup(FtState::Syncing);
     bed.wait_primary(FtState::Syncing);
     let committed = bed.backup().info().committed;
@@ -131,8 +136,7 @@ fn r2_a_shadow_that_is_known_to_be_wrong_commits_nothing() {
 #[test]
 fn r6_too_much_that_differs_ends_protection() {
     let bed = protected(FtAudit::Repair);
-    bed.host
-        .on_shadow(|vm| (0..17).for_each(|page| vm.flip_ram(page * PAGE as u64)));
+    (0..17).for_each(|page| bed.host.shadow().flip_ram(page * PAGE as u64));
     bed.wait_backup(FtState::Failed);
     bed.wait_primary(FtState::Failed);
     let reason = bed.primary().info().reason.unwrap();
@@ -148,7 +152,7 @@ fn r6_too_much_that_differs_ends_protection() {
 fn r6_a_place_that_stays_wrong_ends_protection() {
     let bed = protected(FtAudit::Repair);
     *lock(&bed.host.stuck_disk) = true;
-    bed.host.on_shadow(|vm| vm.flip_disk(7));
+    bed.host.shadow().flip_disk(7);
     bed.wait_backup(FtState::Failed);
     bed.wait_primary(FtState::Failed);
     let reason = bed.primary().info().reason.unwrap();

@@ -424,9 +424,9 @@ impl FakeHost {
         })
     }
 
-    /// Does something to the shadow that was built last, behind FT's back.
-    pub fn on_shadow(&self, op: impl Fn(&FakeVm)) {
-        op(lock(&self.shadow).as_ref().unwrap());
+    /// The shadow that was built last, for what happens to it behind FT's back.
+    pub fn shadow(&self) -> Arc<FakeVm> {
+        lock(&self.shadow).clone().unwrap()
     }
 
     pub fn live(&self) -> Option<Arc<FakeVm>> {
