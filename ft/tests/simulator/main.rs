@@ -168,7 +168,8 @@ fn injected_bugs_are_caught() {
         (Bug::ActivateBeforeApplied, &["R3", "R5"]),
         (Bug::DiskOutOfOrder, &["R3", "R5"]),
         (Bug::SoloWithoutAnswer, &["R4"]),
-        (Bug::LiveWithoutAsking, &["R4"]),
+        // With a shared disk it waits for the lock of a primary that lives on.
+        (Bug::LiveWithoutAsking, &["R4", "liveness"]),
         (Bug::ReleaseWithoutLease, &["R4"]),
         (Bug::InputsOutOfOrder, &["R8"]),
         (Bug::LoseCommittedOutputs, &["R1"]),
