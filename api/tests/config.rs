@@ -242,7 +242,8 @@ fn everything_that_is_not_offered_is_refused_by_name() {
         ),
         ("/disks/0/backing_files", json!(true), "disks[0].backing_files"),
         ("/disks/0/sparse", json!(false), "disks[0].sparse"),
-        ("/disks/0/image_type", json!("Qcow2"), "disks[0].image_type"),
+        ("/disks/0/image_type", json!("Vhdx"), "disks[0].image_type"),
+        ("/disks/0/image_type", json!("FixedVhd"), "disks[0].image_type"),
         ("/disks/0/lock_granularity", json!("Full"), "disks[0].lock_granularity"),
         ("/disks/0/disable_aio", json!(true), "disks[0].disable_aio"),
         ("/disks/0/num_queues", json!(2), "disks[0].num_queues"),
@@ -276,6 +277,14 @@ fn everything_that_is_not_offered_is_refused_by_name() {
             .any(|word| problem.reason.contains(word));
         assert!(helps, "{path}: {}", problem.reason);
     }
+}
+
+#[test]
+fn qcow2_disks_may_have_backing_files() {
+    let mut config = read(with("/disks/0/image_type", json!("Qcow2")));
+    config.validate().unwrap();
+    config.disks.as_mut().unwrap()[0].backing_files = true;
+    config.validate().unwrap();
 }
 
 #[test]

@@ -52,7 +52,8 @@ pub struct Args {
     pub cmdline: Option<String>,
 
     /// Block devices, each: path=FILE[,readonly=on|off][,direct=on|off][,serial=TEXT][,id=ID][,queue_size=N]
-    /// [,image_type=raw]. With --ft-receive: id=ID,path=FILE, this host's file for the disk ID of the primary.
+    /// [,image_type=raw|qcow2][,backing_files=on|off]. With --ft-receive: id=ID,path=FILE[,image_type=raw|qcow2], this
+    /// host's file for the disk ID of the primary.
     #[arg(long, value_name = "SPEC", num_args = 1..)]
     pub disk: Vec<String>,
 

@@ -55,11 +55,12 @@ pub struct FtTls {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum FtDurability {
-    /// It is on the primary's disk and in the backup's memory: survives the loss of either host.
+    /// It is on the primary's disk (of a shared disk: in the primary's memory) and in the backup's memory: survives the
+    /// loss of either host.
     #[default]
     MemoryOfBoth,
-    /// It is on both disks: survives power cuts of both hosts and the loss of one of the disks. A flush then takes the
-    /// time of the backup's disk, too.
+    /// It is on both disks (of a shared disk: on the one): survives power cuts of both hosts, and the loss of one of two
+    /// disks. A flush then takes the time of the backup's disk, too.
     DiskOfBoth,
 }
 
@@ -81,6 +82,18 @@ pub struct FtDiskOverride {
     pub id: String,
     /// Path on this host; made (sparse, right size) when it does not exist.
     pub path: PathBuf,
+    /// Format of the image on this host; the primary's when not given. What counts is what the guest sees.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub image_type: Option<FtImageType>,
+}
+
+/// Format of a disk image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum FtImageType {
+    /// The disk's bytes, nothing else.
+    Raw,
+    /// QEMU's format.
+    Qcow2,
 }
 
 /// This host's tap for a network device.
@@ -111,6 +124,10 @@ pub struct FtEnableConfig {
     /// What flushes survive.
     #[serde(default)]
     pub durability: FtDurability,
+    /// Ids of disks whose file or block device both hosts see: they are not copied, and nothing is written to them before
+    /// the backup has it too. A disk stays shared for as long as its VM lives.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub shared_disks: Vec<String>,
     /// What becomes of a shadow that is found to differ.
     #[serde(default)]
     pub audit: FtAudit,
@@ -297,6 +314,9 @@ pub struct FtInfo {
     pub committed: u64,
     /// What a completed flush of a committed epoch survives (R5).
     pub durability: FtDurability,
+    /// Disks that both hosts see, by device id.
+    #[serde(default)]
+    pub shared_disks: Vec<String>,
     /// Limits in force.
     pub limits: FtLimits,
     /// Pre-copy.
@@ -323,7 +343,7 @@ pub struct FtInfo {
     pub bytes_sent: u64,
     /// What was compared of the shadow with the primary (R6).
     pub audit: FtAuditInfo,
-    /// Bytes that wait for the backup now.
+    /// Bytes that wait for the backup, or for a shared disk, now.
     pub lag_bytes: u64,
     /// Share of the time the guest may run, percent; below 100 when it is slowed down.
     pub run_percent: u8,
@@ -363,6 +383,7 @@ impl FtInfo {
             epoch: 0,
             committed: 0,
             durability: FtDurability::default(),
+            shared_disks: Vec::new(),
             limits: FtLimits::default(),
             progress: FtProgress::default(),
             epochs_total: 0,

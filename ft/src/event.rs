@@ -62,3 +62,11 @@ pub(crate) fn announce(sink: &EventSink, role: FtRole, status: &Status) {
         properties,
     });
 }
+
+/// Why, and what else there is to say.
+pub(crate) fn joined(reason: Option<String>, more: Option<String>) -> Option<String> {
+    match (reason, more) {
+        (Some(reason), Some(more)) => Some(format!("{reason}; {more}")),
+        (reason, more) => reason.or(more),
+    }
+}

@@ -1,7 +1,8 @@
 //! The interposer: holds the outputs of epochs that are not committed (R1) and logs inputs and disk changes (R3, R8).
 //!
-//! Device workers call [`Interposer::hold_frame`], [`Interposer::hold_console`], [`Interposer::log_frame`] and
-//! [`Interposer::log_disk`], each for its own device in that device's order. FT cuts the running epoch while the VM
+//! Device workers call [`Interposer::hold_frame`], [`Interposer::hold_console`], [`Interposer::log_frame`],
+//! [`Interposer::log_disk`] and, for a shared disk, [`Interposer::hold_disk`], each for its own device in that device's
+//! order. FT cuts the running epoch while the VM
 //! stands still, and takes the outputs out again when their epoch is committed.
 //!
 //! Bounded lag: at the bound device workers wait here, so that the guest's devices stand still. They are let through
@@ -13,6 +14,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::machine::{DiskChange, Output};
+use crate::overlay::Piece;
+use crate::shared::{HeldChange, HeldChanges};
 
 /// Where logged entries go: to the backup, at once.
 pub trait LogSink: Send + Sync {
@@ -76,6 +79,8 @@ struct Inner {
     sealed_bytes: u64,
     /// Log bytes of epochs that were cut and are not committed.
     sealed_logged: VecDeque<(u64, u64)>,
+    /// Changes of shared disks, of all epochs.
+    shared: HeldChanges,
     bound: u64,
     cutting: bool,
 }
@@ -83,7 +88,7 @@ struct Inner {
 impl Inner {
     fn bytes(&self) -> u64 {
         let logged: u64 = self.sealed_logged.iter().map(|(_, bytes)| bytes).sum();
-        self.running.bytes + self.logged + self.sealed_bytes + logged
+        self.running.bytes + self.logged + self.sealed_bytes + logged + self.shared.bytes()
     }
 }
 
@@ -108,6 +113,7 @@ impl Interposer {
             sealed: VecDeque::new(),
             sealed_bytes: 0,
             sealed_logged: VecDeque::new(),
+            shared: HeldChanges::default(),
             bound: bound.max(1),
             cutting: false,
         };
@@ -194,6 +200,44 @@ impl Interposer {
         }
     }
 
+    /// Logs and holds a change of a shared disk: the guest may take it for done, and sees it in what it reads.
+    pub fn hold_disk(&self, disk: u16, change: DiskChange) {
+        let mut inner = self.admitted();
+        if inner.mode == Mode::Hold {
+            let epoch = inner.running.epoch;
+            inner.logged += self.sink.disk_change(epoch, disk, change.clone());
+            inner.shared.hold(epoch, disk, change);
+        }
+    }
+
+    /// What is held of these bytes of a shared disk: newer than what is on it.
+    pub fn held_bytes(&self, disk: u16, offset: u64, len: u64) -> Vec<Piece> {
+        self.lock().shared.read(disk, offset, len)
+    }
+
+    /// The held changes of shared disks of all epochs up to `epoch`, in order. They stay held until
+    /// [`Interposer::written`].
+    pub fn held_changes(&self, epoch: u64) -> Vec<HeldChange> {
+        self.lock().shared.until(epoch)
+    }
+
+    /// Held changes up to this number are on their disks.
+    pub fn written(&self, number: u64) {
+        self.lock().shared.written(number);
+        self.room.notify_all();
+    }
+
+    /// This side will never write them.
+    pub fn drop_changes(&self) {
+        self.lock().shared.clear();
+        self.room.notify_all();
+    }
+
+    /// Bytes of changes held for shared disks.
+    pub fn unwritten(&self) -> u64 {
+        self.lock().shared.bytes()
+    }
+
     /// Before the VM is paused for a checkpoint: workers that wait for room are let through.
     pub fn begin_cut(&self) {
         self.lock().cutting = true;
@@ -274,7 +318,8 @@ impl Interposer {
     }
 
     /// Takes everything that is held, the running epoch's outputs too, and ends holding and logging: the VM goes on
-    /// alone, or stops. With the VM still, nothing can be missed in between.
+    /// alone, or stops. With the VM still, nothing can be missed in between. Changes of shared disks stay, to be written or
+    /// dropped.
     pub fn close(&self) -> Vec<Held> {
         let mut inner = self.lock();
         inner.mode = Mode::Closed;

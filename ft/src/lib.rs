@@ -7,6 +7,7 @@
 //! * [`wire`]: the log channel's format; [`transport`]: its addresses and sockets; [`outbox`]: who writes to them;
 //! * [`interposer`]: holds outputs (R1) and logs inputs and disk changes (R3, R8) on the primary;
 //! * [`copies`]: what the copies of a disk have in common, so that only differences are copied again (R3);
+//! * [`shared`], [`overlay`]: changes of disks that both hosts see, held until they may be written (R1, R3);
 //! * [`audit`]: compares the shadow's RAM and disks with the primary's while both run (R6);
 //! * [`arbiter`]: the register that decides who may run alone (R4);
 //! * [`primary`]: from [`enable`] over pre-copy and epochs to going solo, stopping, or handing over;
@@ -25,8 +26,10 @@ pub mod event;
 pub mod interposer;
 pub mod machine;
 pub mod outbox;
+pub mod overlay;
 pub mod primary;
 pub mod reprotect;
+pub mod shared;
 pub mod stats;
 pub mod transport;
 pub mod wire;

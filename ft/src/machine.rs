@@ -48,6 +48,23 @@ pub struct DiskIdentity {
     pub size: u64,
     /// The guest cannot write it: it is not copied, the backup must have it already (same size).
     pub readonly: bool,
+    /// Both hosts see the same file or device. Otherwise, if it can be written, each has a copy of its own.
+    pub shared: Option<SharedDisk>,
+}
+
+impl DiskIdentity {
+    /// Each host has a copy of its own, kept equal by FT.
+    pub fn is_replicated(&self) -> bool {
+        !self.readonly && self.shared.is_none()
+    }
+}
+
+/// How the backup finds out that a shared disk is the primary's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SharedDisk {
+    /// A byte far beyond the disk's end, chosen at random, that the primary's lock of the whole file leaves out: the
+    /// backup must find exactly this byte free. `None`: locks of this disk do not reach other hosts.
+    pub lock_gap: Option<u64>,
 }
 
 /// A failed call into the machine.
@@ -95,7 +112,7 @@ pub enum Input {
     },
 }
 
-/// A change of a replicated disk (rule R3), in the order in which the guest's requests were started.
+/// A change of a disk (rule R3), in the order in which the guest's requests were started.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum DiskChange {
     /// Bytes written.
@@ -116,6 +133,31 @@ pub enum DiskChange {
     },
     /// A flush that the guest asked for. A shadow is told of it only where flushes must reach its disk (R5).
     Flush,
+    /// No change: what is there must have this CRC-32C, or the two sides do not see the same shared disk.
+    Check {
+        /// First byte.
+        offset: u64,
+        /// Length in bytes.
+        len: u64,
+        /// The checksum.
+        crc: u32,
+    },
+}
+
+/// Checksum (CRC-32C) of a disk's bytes, for [`DiskChange::Check`].
+pub fn checksum(bytes: &[u8]) -> u32 {
+    crc32c::crc32c(bytes)
+}
+
+impl DiskChange {
+    /// (first byte, length) of the bytes that it is about.
+    pub fn range(&self) -> (u64, u64) {
+        match self {
+            Self::Write { offset, data } => (*offset, data.len() as u64),
+            Self::Zero { offset, len, .. } | Self::Check { offset, len, .. } => (*offset, *len),
+            Self::Flush => (0, 0),
+        }
+    }
 }
 
 /// A state that was saved, but not encoded yet: that can wait until the VM runs again.
@@ -165,6 +207,12 @@ pub trait Protected: Send + Sync {
     fn confirm(&self, applied: u64, running: u64);
     /// Lets outputs leave, in this order. Called by FT when their epoch is committed, or when the VM goes solo.
     fn release(&self, outputs: Vec<Output>);
+    /// Carries out a change of a shared disk and waits for it. May be done again after an error.
+    fn write_shared(&self, disk: u16, change: &DiskChange) -> Result<(), MachineError>;
+    /// Gives the locks of shared disks back: from here on this side does not write them.
+    fn yield_disks(&self);
+    /// Takes them again. `Some`: another process has one, and which.
+    fn claim_disks(&self) -> Result<Option<String>, MachineError>;
     /// Lets the guest run only this share of the time, 1 to 100 percent.
     fn throttle(&self, run_percent: u8);
     /// This side lost the arbitration, or roles were exchanged: the VM must not run on here.
@@ -221,8 +269,12 @@ pub trait Shadow: Send {
     fn read_memory(&self, gpa: u64, buf: &mut [u8]) -> Result<(), MachineError>;
     /// Copies bytes of the backup's own copy of a replicated disk (audit); the range is within [`Identity::disks`].
     fn read_disk(&self, disk: u16, offset: u64, buf: &mut [u8]) -> Result<(), MachineError>;
-    /// Applies a committed change to the backup's own copy of a disk.
+    /// Applies a committed change to the backup's own copy of a disk. Of shared disks, what is there can be checked at any
+    /// time; they are changed only after [`Shadow::claim_disks`].
     fn apply_disk(&mut self, disk: u16, change: &DiskChange) -> Result<(), MachineError>;
+    /// Takes the locks of shared disks, which the primary has until it has ended or given them back: the proof that it
+    /// cannot write any more. `Some`: another process still has one, and which.
+    fn claim_disks(&mut self) -> Result<Option<String>, MachineError>;
     /// Becomes the VM: loads the state, moves its clocks on, announces its addresses, lets the committed outputs leave,
     /// gives the logged inputs to the guest again (R8), resumes. After this the VMM runs a normal VM, whose
     /// [`Protected`] side is returned.

@@ -329,6 +329,7 @@ mod tests {
             insecure: true,
             tls: None,
             durability: Default::default(),
+            shared_disks: Vec::new(),
             audit: Default::default(),
             limits: Default::default(),
             auto_reprotect: true,

@@ -14,7 +14,10 @@ use ft::machine::{DiskChange, DiskIdentity, Identity};
 const TIMEOUT: Nanos = ms(500);
 
 fn armed_primary() -> PrimaryState {
-    let mut primary = PrimaryState::new(7, (&FtLimits::default()).into(), 1, 1);
+    armed(PrimaryState::new(7, (&FtLimits::default()).into(), 1, 1))
+}
+
+fn armed(mut primary: PrimaryState) -> PrimaryState {
     assert!(primary.begin_first_checkpoint());
     let done = primary::Event::Checkpointed {
         bytes: 1,
@@ -202,6 +205,7 @@ fn a_lower_bound_does_not_condemn_what_is_on_its_way() {
             id: "_disk0".into(),
             size: 1 << 20,
             readonly: false,
+            shared: None,
         }],
         nics: 0,
     };
@@ -214,6 +218,79 @@ fn a_lower_bound_does_not_condemn_what_is_on_its_way() {
     staging.set_log_limit(1_000);
     write(&mut staging).unwrap();
     assert!(write(&mut staging).is_err());
+}
+
+fn acknowledged(primary: &mut PrimaryState, epoch: u64, now: Nanos) -> Vec<primary::Action> {
+    let (echo, message) = (now, FromBackup::Ack(epoch));
+    primary.step(primary::Event::Peer { echo, message }, now)
+}
+
+#[test]
+fn r3_a_handover_waits_for_shared_disks_and_r5_outputs_do_if_they_must() {
+    for durable in [false, true] {
+        let primary = PrimaryState::new(7, (&FtLimits::default()).into(), 1, 1);
+        let mut primary = armed(primary.with_shared_disks(durable));
+        let (write, release) = (primary::Action::Write, primary::Action::Release);
+        let both = if durable {
+            vec![write(1)]
+        } else {
+            vec![write(1), release(1)]
+        };
+        assert_eq!(acknowledged(&mut primary, 1, ms(2)), both);
+        let later = primary.step(primary::Event::Written(1), ms(3));
+        assert_eq!(later.contains(&release(1)), durable);
+        assert_eq!(
+            primary.step(primary::Event::Failover, ms(3)),
+            [primary::Action::Checkpoint]
+        );
+        let (bytes, dirty_bytes) = (1, 1);
+        primary.step(
+            primary::Event::Checkpointed {
+                bytes,
+                dirty_bytes,
+                anew: 0,
+            },
+            ms(4),
+        );
+        let offer = primary::Action::Send(primary::ToBackup::Handover(2));
+        assert!(!acknowledged(&mut primary, 2, ms(5)).contains(&offer));
+        assert!(primary.step(primary::Event::Written(2), ms(6)).contains(&offer));
+    }
+}
+
+#[test]
+fn r1_a_guest_stands_still_while_shared_disks_take_nothing() {
+    let limits = (&FtLimits::default()).into();
+    let mut primary = armed(PrimaryState::new(7, limits, 1, 1).with_shared_disks(false));
+    acknowledged(&mut primary, 1, ms(2));
+    primary.note_held(limits.max_lag);
+    let tick = primary::Event::Tick {
+        heard: ms(200),
+        running_bytes: 0,
+        output: true,
+    };
+    let actions = primary.step(tick, ms(200));
+    assert!(actions.contains(&primary::Action::Checkpoint), "{actions:?}");
+    let (bytes, dirty_bytes) = (1, 1);
+    assert_eq!(
+        primary.step(
+            primary::Event::Checkpointed {
+                bytes,
+                dirty_bytes,
+                anew: 0
+            },
+            ms(201)
+        ),
+        []
+    );
+    // Committed, but there is no room yet.
+    assert!(!acknowledged(&mut primary, 2, ms(202)).contains(&primary::Action::Resume));
+    primary.note_held(0);
+    assert!(
+        primary
+            .step(primary::Event::Written(2), ms(203))
+            .contains(&primary::Action::Resume)
+    );
 }
 
 fn wrong(gpa: u64) -> Mismatch {

@@ -5,8 +5,8 @@
 use ft::audit::{ChunkSum, Mismatch, PageSum, Place};
 use ft::config::{FtAudit, FtDurability, FtLimits};
 use ft::copies::{BlockRun, CopyClaim, KnownCopy, SessionId, Side};
-use ft::core::staging::Staging;
-use ft::machine::{DiskChange, DiskIdentity, Identity, Input, Output, PAGE_SIZE, PageRun, Refusal};
+use ft::core::staging::{Staging, StagingError};
+use ft::machine::{DiskChange, DiskIdentity, Identity, Input, Output, PAGE_SIZE, PageRun, Refusal, SharedDisk};
 use ft::reprotect::{MAX_SPARES, Reprotect};
 use ft::wire::frame::{EndMarker, Frame, OutFrame, encode};
 use ft::wire::hello::{Accept, Hello};
@@ -68,10 +68,13 @@ fn claim() -> impl Strategy<Value = CopyClaim> {
 }
 
 fn identity() -> impl Strategy<Value = Identity> {
-    let disk = ("[a-z]{1,8}", any::<u64>(), any::<bool>()).prop_map(|(id, size, readonly)| DiskIdentity {
+    let shared = proptest::option::of(proptest::option::of(any::<u64>()));
+    let disk = ("[a-z]{1,8}", any::<u64>(), any::<bool>(), shared);
+    let disk = disk.prop_map(|(id, size, readonly, shared)| DiskIdentity {
         id,
         size,
         readonly,
+        shared: shared.map(|lock_gap| SharedDisk { lock_gap }),
     });
     let feature = ("[a-z0-9. ]{1,20}", any::<u32>());
     let memory = vec((any::<u64>(), any::<u64>()), 0..4);
@@ -118,6 +121,11 @@ fn change() -> impl Strategy<Value = DiskChange> {
             unmap
         }),
         Just(DiskChange::Flush),
+        (0u64..1 << 60, 0..=MAX_PIECE as u64, any::<u32>()).prop_map(|(offset, len, crc)| DiskChange::Check {
+            offset,
+            len,
+            crc
+        }),
     ]
 }
 
@@ -300,7 +308,9 @@ proptest! {
             vcpus: 1,
             cpu_features: Vec::new(),
             tsc_khz: 0,
-            disks: vec![DiskIdentity { id: "d".into(), size: 1 << 61, readonly: false }],
+            disks: [None, Some(SharedDisk { lock_gap: None })]
+                .map(|shared| DiskIdentity { id: "d".into(), size: 1 << 61, readonly: false, shared })
+                .to_vec(),
             nics: 1,
         };
         let mut staging = Staging::new(&identity, 4096);
@@ -313,7 +323,12 @@ proptest! {
                 Frame::Lines { pages, data, .. } => staging.lines(one, pages, data).is_ok(),
                 Frame::Disk { disk, change, .. } => {
                     let size = if let DiskChange::Write { data, .. } = &change { data.len() } else { 0 };
-                    let taken = staging.disk(one, disk % 2, change).is_ok();
+                    let (disk, check) = (disk % 3, matches!(change, DiskChange::Check { .. }));
+                    if disk == 1 {
+                        prop_assert!(staging.check_copy(disk, &change).is_err());
+                    }
+                    let taken = staging.disk(one, disk, change).is_ok();
+                    prop_assert!(!taken || disk == 1 || disk == 0 && !check);
                     logged += if taken { size } else { 0 };
                     taken
                 }
@@ -439,6 +454,7 @@ fn r6_an_epoch_has_so_many_checksums_of_a_disk_at_most_and_of_such_pieces() {
         id: "d".into(),
         size,
         readonly,
+        shared: None,
     };
     let identity = Identity {
         vm_id: "vm".into(),
@@ -514,4 +530,28 @@ fn what_a_peer_can_make_us_allocate_is_bounded() {
             source: DecodeError::Sequence { found: 2, expected: 1 }
         }
     ));
+}
+
+/// A frame of a few bytes must not make the backup write its RAM many times over: during pre-copy nothing is counted.
+#[test]
+fn a_frame_that_repeats_pages_is_refused() {
+    let pages = 1 << 20;
+    let identity = Identity {
+        vm_id: "vm".into(),
+        vmm_version: "1".into(),
+        config: String::new(),
+        memory: vec![(0, pages * PAGE_SIZE as u64)],
+        vcpus: 1,
+        cpu_features: Vec::new(),
+        tsc_khz: 0,
+        disks: Vec::new(),
+        nics: 0,
+    };
+    let staging = Staging::new(&identity, 4096);
+    let all = PageRun { gpa: 0, count: pages };
+    assert_eq!(staging.check_pages(&[all]), Ok(()));
+    let first = PageRun { gpa: 0, count: 1 };
+    for runs in [vec![all, first], vec![all; 1000]] {
+        assert!(matches!(staging.check_pages(&runs), Err(StagingError::Repeated { .. })));
+    }
 }

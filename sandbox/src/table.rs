@@ -243,6 +243,9 @@ const FILE_IO: &[Call] = &[
     call(libc::SYS_io_uring_enter),
 ];
 
+/// Locks of disks that are open: a handover, and the end of FT, pass them on.
+const DISK_LOCKS: &[Call] = &[masked(libc::SYS_fcntl, 1, 0xffff_ffff, libc::F_OFD_SETLK as u64)];
+
 /// Restricting the process's files. Its threads are found in /proc and told by a signal.
 const LANDLOCK: &[Call] = &[
     call(libc::SYS_landlock_create_ruleset),
@@ -377,9 +380,10 @@ pub fn calls(kind: ThreadKind) -> Vec<Call> {
         Kind::Virtio => vec![EVERY, WAIT, FILE_IO, DEVICE],
         Kind::DiskIo | Kind::FtAudit => vec![EVERY, FILE_IO],
         Kind::Announce => vec![EVERY, DEVICE],
-        Kind::FtControl => vec![EVERY, STREAM, FILE_IO, DEVICE, KVM],
+        Kind::FtControl => vec![EVERY, STREAM, FILE_IO, DISK_LOCKS, DEVICE, KVM],
         // Any of them may release outputs: frames and console bytes, which are written to what is open.
-        Kind::FtReceiver | Kind::FtSender | Kind::FtPulse => vec![EVERY, STREAM],
+        Kind::FtReceiver | Kind::FtSender | Kind::FtPulse => vec![EVERY, STREAM, DISK_LOCKS],
+        Kind::FtDisks => vec![EVERY, STREAM, FILE_IO, DISK_LOCKS],
         Kind::FtArbiter => [ASK_ETCD, &[EVERY, FILE_IO]].concat(),
         Kind::FtListen => vec![EVERY, STREAM, ACCEPT],
         Kind::FtAdmission => [MACHINE, ASK_ETCD, &[NARROW]].concat(),

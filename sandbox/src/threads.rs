@@ -48,6 +48,8 @@ pub enum ThreadKind {
     FtSender,
     /// Heartbeats, on either side.
     FtPulse,
+    /// Writes what may be written to disks that both hosts see.
+    FtDisks,
     /// Asks the arbiter.
     FtArbiter,
     /// Slows the guest down.
@@ -66,7 +68,7 @@ pub enum ThreadKind {
 
 impl ThreadKind {
     /// All kinds.
-    pub const ALL: [Self; 24] = [
+    pub const ALL: [Self; 25] = [
         Self::Main,
         Self::Spawner,
         Self::Control,
@@ -84,6 +86,7 @@ impl ThreadKind {
         Self::FtReceiver,
         Self::FtSender,
         Self::FtPulse,
+        Self::FtDisks,
         Self::FtArbiter,
         Self::FtThrottle,
         Self::FtListen,

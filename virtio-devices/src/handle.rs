@@ -34,10 +34,30 @@ impl<M: Model> Handle<M> {
         model: M,
         resources: PciResources,
     ) -> Result<Self, Error> {
-        let device = Device::new(id.into(), memory, model, resources)?;
-        let handle = Self { device };
+        let handle = Self::without_worker(id.into(), memory, model, resources)?;
         handle.device.start_worker()?;
         Ok(handle)
+    }
+
+    /// The device without its worker. With the feature `fuzzing`, `Handle::serve` does the worker's work on the caller's
+    /// thread, so that what happens depends on the calls alone.
+    pub fn without_worker(
+        id: String,
+        memory: Arc<GuestMemory>,
+        model: M,
+        resources: PciResources,
+    ) -> Result<Self, Error> {
+        let device = Device::new(id, memory, model, resources)?;
+        device.watch_all()?;
+        Ok(Self { device })
+    }
+
+    /// What the worker does until it would sleep. The device must not be held.
+    #[cfg(feature = "fuzzing")]
+    pub fn serve(&self) {
+        use crate::worker::{Round, round};
+        let mut ready = crate::model::Ready::default();
+        while round(&self.device, &mut ready, false) == Round::Served {}
     }
 
     /// Device id, for example `_disk0`.

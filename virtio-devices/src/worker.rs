@@ -28,8 +28,8 @@ fn backend_event(writable: bool) -> EpollEvent {
 }
 
 impl<M: Model> Device<M> {
-    /// Starts the thread. It ends when the core's `stop` is set.
-    pub(crate) fn start_worker(self: &Arc<Self>) -> Result<(), Error> {
+    /// Watches the notifications and the backend.
+    pub(crate) fn watch_all(&self) -> Result<(), Error> {
         let add = |fd: RawFd, token| {
             let event = EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, token);
             self.epoll.ctl(ControlOperation::Add, fd, event).map_err(Error::Worker)
@@ -39,6 +39,11 @@ impl<M: Model> Device<M> {
             add(event.as_raw_fd(), i as u64)?;
         }
         self.watch(&mut self.core());
+        Ok(())
+    }
+
+    /// Starts the thread. It ends when the core's `stop` is set.
+    pub(crate) fn start_worker(self: &Arc<Self>) -> Result<(), Error> {
         let device = self.clone();
         let name = format!("virtio{}", self.id);
         let thread = sandbox::spawn(ThreadKind::Virtio, name, move || run(&device)).map_err(Error::Worker)?;
@@ -78,36 +83,57 @@ impl<M: Model> Device<M> {
     }
 }
 
+/// What a round of the worker came to.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Round {
+    /// Something was looked at.
+    Served,
+    /// There was nothing to do, and the round did not wait for it.
+    Idle,
+    /// The worker must end.
+    End,
+}
+
 fn run<M: Model>(device: &Device<M>) {
-    let mut events = [EpollEvent::default(); 8];
     let mut ready = Ready::default();
-    loop {
-        let timeout = if ready.is_empty() { -1 } else { 0 };
-        let count = match device.epoll.wait(timeout, &mut events) {
-            Ok(count) => count,
-            Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
-            Err(e) => return log::error!("{}: the worker ends: {e}", device.id),
-        };
-        for event in &events[..count] {
-            match event.data() {
-                WAKE => {}
-                BACKEND => {
-                    ready.readable |= event
-                        .event_set()
-                        .intersects(EventSet::IN | EventSet::ERROR | EventSet::HANG_UP);
-                    ready.writable |= event.event_set().intersects(EventSet::OUT | EventSet::ERROR);
-                }
-                queue => ready.set_queue(queue as usize, true),
-            }
+    while round(device, &mut ready, true) != Round::End {}
+}
+
+/// Takes what has come, and serves once. With `wait` it sleeps when there is nothing to do.
+pub(crate) fn round<M: Model>(device: &Device<M>, ready: &mut Ready, wait: bool) -> Round {
+    let mut events = [EpollEvent::default(); 8];
+    let timeout = if wait && ready.is_empty() { -1 } else { 0 };
+    let count = match device.epoll.wait(timeout, &mut events) {
+        Ok(count) => count,
+        Err(e) if e.kind() == io::ErrorKind::Interrupted => return Round::Served,
+        Err(e) => {
+            log::error!("{}: the worker ends: {e}", device.id);
+            return Round::End;
         }
-        let mut core = device.core_for_worker();
-        while core.holds > 0 && !core.stop {
-            core = device.released.wait(core).unwrap_or_else(PoisonError::into_inner);
-        }
-        if core.stop {
-            return;
-        }
-        core.serve(&device.id, &device.memory, &device.interrupts, &mut ready);
-        device.watch(&mut core);
+    };
+    if !wait && count == 0 && ready.is_empty() {
+        return Round::Idle;
     }
+    for event in &events[..count] {
+        match event.data() {
+            WAKE => {}
+            BACKEND => {
+                ready.readable |= event
+                    .event_set()
+                    .intersects(EventSet::IN | EventSet::ERROR | EventSet::HANG_UP);
+                ready.writable |= event.event_set().intersects(EventSet::OUT | EventSet::ERROR);
+            }
+            queue => ready.set_queue(queue as usize, true),
+        }
+    }
+    let mut core = device.core_for_worker();
+    while core.holds > 0 && !core.stop {
+        core = device.released.wait(core).unwrap_or_else(PoisonError::into_inner);
+    }
+    if core.stop {
+        return Round::End;
+    }
+    core.serve(&device.id, &device.memory, &device.interrupts, ready);
+    device.watch(&mut core);
+    Round::Served
 }

@@ -8,13 +8,12 @@
 //! devices' locks are held together.
 
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::io::{self, Read};
+use std::io;
 use std::ops::Deref;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
-use api::config::ImageType;
 use api::{ConsoleConfig, DeviceNode, DeviceTree, DiskConfig, NetConfig, VmConfig, VmCounters};
 use arch::layout;
 use devices::bus::{self, Bus};
@@ -27,7 +26,7 @@ use pci::PciDevice;
 use pci::root::{self, Ecam, PciRoot, Ports, RootState, Window};
 use thiserror::Error;
 use virtio_devices::backend::ConsoleBackend;
-use virtio_devices::block::{self, BlockCounters, BlockOptions, DiskImage, DiskOptions};
+use virtio_devices::block::{self, BlockCounters, BlockOptions, DiskImage};
 use virtio_devices::net::tap::{Tap, TapOptions};
 use virtio_devices::net::{NetCounters, NetOptions};
 use virtio_devices::{BAR_SIZE, Block, Console, Handle, Net, PciResources, Rng, VirtioState, vectors_for};
@@ -66,19 +65,9 @@ pub enum Error {
         /// Why not.
         source: std::io::Error,
     },
-    /// A disk image of a format that is not offered.
-    #[error(
-        "disk {id}: {path} is a {format} image: convert it with `qemu-img convert -O raw`, or say image_type=raw when \
-         the guest itself is to see it so"
-    )]
-    Image {
-        /// Device id.
-        id: String,
-        /// Path of the image.
-        path: String,
-        /// Its format.
-        format: &'static str,
-    },
+    /// A disk image of a format that is not offered, or not said.
+    #[error(transparent)]
+    Image(#[from] crate::disks::Error),
     /// Too many devices.
     #[error("{0} devices: a PCI bus has room for {max}", max = root::MAX_DEVICES - 1)]
     TooMany(usize),
@@ -104,6 +93,8 @@ pub struct Disk {
     pub size: u64,
     /// The guest cannot write it.
     pub readonly: bool,
+    /// Another host sees the same file or device, and may become the one that writes it.
+    shared: AtomicBool,
     /// Until the disk is closed.
     image: Mutex<Option<Arc<dyn DiskImage>>>,
     handle: Handle<Block>,
@@ -111,6 +102,16 @@ pub struct Disk {
 }
 
 impl Disk {
+    /// Another host sees the same disk. Once so, always so.
+    pub fn is_shared(&self) -> bool {
+        self.shared.load(Ordering::SeqCst)
+    }
+
+    /// See [`Disk::is_shared`].
+    pub fn set_shared(&self) {
+        self.shared.store(true, Ordering::SeqCst);
+    }
+
     /// The image, which the device has open too. It is closed, and its lock given back, when the device is shut down
     /// and nobody else keeps it.
     pub fn image(&self) -> io::Result<Arc<dyn DiskImage>> {
@@ -210,34 +211,14 @@ impl Slots<'_> {
     }
 }
 
-/// The format of a disk image that is none of raw, by its first bytes.
-fn foreign_format(path: &Path) -> Option<&'static str> {
-    let mut head = [0; 8];
-    let n = File::open(path).and_then(|mut f| f.read(&mut head)).unwrap_or(0);
-    match &head[..n] {
-        [b'Q', b'F', b'I', 0xfb, ..] => Some("qcow2"),
-        b"vhdxfile" => Some("VHDX"),
-        b"conectix" => Some("VHD"),
-        [b'K', b'D', b'M', b'V', ..] => Some("VMDK"),
-        _ => None,
-    }
-}
-
-fn open_disk(config: &DiskConfig, ram: &GuestRam, slots: &mut Slots<'_>) -> Result<Disk, Error> {
+fn open_disk(config: &DiskConfig, ram: &GuestRam, slots: &mut Slots<'_>, shared: &[String]) -> Result<Disk, Error> {
     let id = config.id.clone().unwrap_or_default();
+    let shared = shared.contains(&id);
     let failed = |source| Error::Device { id: id.clone(), source };
     let path = config.path.clone().unwrap_or_default();
-    if config.image_type != Some(ImageType::Raw)
-        && let Some(format) = foreign_format(&path)
-    {
-        let path = path.display().to_string();
-        return Err(Error::Image { id, path, format });
-    }
-    let image = block::open(&DiskOptions {
-        path: path.clone(),
-        readonly: config.readonly,
-        direct: config.direct,
-        queue_size: config.queue_size,
+    let image = block::open(&block::DiskOptions {
+        shared,
+        ..crate::disks::options(config)?
     })
     .map_err(failed)?;
     let backend = image.clone().backend(config.queue_size, config.disable_io_uring);
@@ -256,6 +237,7 @@ fn open_disk(config: &DiskConfig, ram: &GuestRam, slots: &mut Slots<'_>) -> Resu
         path,
         size,
         readonly: config.readonly,
+        shared: AtomicBool::new(shared),
         image: Mutex::new(Some(image)),
         handle,
         counters,
@@ -292,13 +274,15 @@ fn open_console(config: &ConsoleConfig, what: &'static str) -> Result<Option<Hos
 }
 
 impl DeviceManager {
-    /// Builds all devices of `config`; they are held still until [`DeviceManager::resume`].
+    /// Builds all devices of `config`; they are held still until [`DeviceManager::resume`]. `shared_disks`: ids of disks
+    /// that another host writes for the time being.
     pub fn new(
         config: &VmConfig,
         ram: &GuestRam,
         kvm: &Arc<dyn hypervisor::Vm>,
         router: &Arc<Router>,
         signals: Arc<dyn MachineSignals>,
+        shared_disks: &[String],
     ) -> Result<Self, Error> {
         let ioapic = Ioapic::new(router.clone(), router.clone());
         let (window64, window64_len) = layout::pci64_window(ram.size());
@@ -314,7 +298,9 @@ impl DeviceManager {
         let mut consoles = vec![ConsoleDevice::Serial(shared.clone())];
 
         let disks = config.disks.iter().flatten();
-        let disks: Vec<Disk> = disks.map(|d| open_disk(d, ram, &mut slots)).collect::<Result<_, _>>()?;
+        let disks: Vec<Disk> = disks
+            .map(|d| open_disk(d, ram, &mut slots, shared_disks))
+            .collect::<Result<_, _>>()?;
         let nets = config.net.iter().flatten();
         let nets: Vec<Nic> = nets.map(|n| open_net(n, ram, &mut slots)).collect::<Result<_, _>>()?;
 
@@ -555,6 +541,17 @@ impl DeviceManager {
             .iter()
             .map(|n| (n.handle.id().to_string(), n.counters.values()));
         disks.chain(nets).collect()
+    }
+
+    /// Makes everything that the guest wrote durable, and image files whole for whoever copies them; only while the
+    /// devices are held still.
+    pub fn flush_disks(&self) -> Result<(), Error> {
+        for disk in self.disks.iter().filter(|disk| !disk.readonly) {
+            let flushed = disk.image().and_then(|image| image.flush());
+            let id = disk.id.clone();
+            flushed.map_err(|source| Error::Io { id, source })?;
+        }
+        Ok(())
     }
 
     /// Ends all device threads and closes all backends. Idempotent. Not from a vCPU's thread.

@@ -91,6 +91,9 @@ impl Landlock {
                     Access::READ_WRITE
                 };
                 add(path, access);
+                for below in crate::disks::backing_files(disk) {
+                    add(&below, Access::READ);
+                }
             }
         }
         for console in [&config.serial, &config.console] {

@@ -17,6 +17,8 @@ pub trait Plugin: Send + Sync {
     /// The VM is about to end by its owner's will (guest power-off, vm.shutdown, vm.delete): its outputs leave, and the
     /// backup is told that there is nothing to take over.
     fn vm_ends(&self, reason: &str);
+    /// The VM is paused by its owner: when this returns, everything that it wrote is on its disks.
+    fn settle(&self) -> Result<(), ApiError>;
     /// The VM cannot run on here, and it is not known to be its own fault: this host counts as dead, and a backup takes
     /// over. Followed by `vm_ends`.
     fn vm_failed(&self, reason: &str);

@@ -259,6 +259,8 @@ impl Vmm {
         self.begins(&config)?;
         let vm = Vm::new(config, None, &self.context).map_err(internal)?;
         vm.boot().map_err(internal)?;
+        // With the formats of its disks, so that they are the same at the next boot.
+        slot.config = Some(vm.config().clone());
         slot.vm = Some(vm);
         drop(slot);
         self.emit("booted");
@@ -314,7 +316,11 @@ impl Vmm {
         }
         let dir = snapshot::directory(&request.destination_url).map_err(|e| error(400, "bad_url", e))?;
         self.emit("snapshotting");
+        if let Some(plugin) = &self.plugin {
+            plugin.settle()?;
+        }
         let state = vm.state().map_err(internal)?;
+        vm.devices().flush_disks().map_err(internal)?;
         snapshot::save(&dir, vm.config(), &state, vm.ram()).map_err(internal)?;
         self.emit("snapshotted");
         Ok(Response::Empty)

@@ -5,7 +5,7 @@
 //! damaged file gives an error.
 
 use std::fs::{self, File};
-use std::io::{self, BufReader, BufWriter, Write};
+use std::io::{self, BufReader, BufWriter, Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
@@ -20,6 +20,8 @@ use crate::state::VmState;
 const CONFIG: &str = "config.json";
 const STATE: &str = "state.json";
 const MEMORY: &str = "memory-ranges";
+/// Longest JSON file that is read, in bytes: as many times a saved state as 254 vCPUs can have.
+const MAX_JSON: u64 = 64 << 20;
 
 /// Errors of snapshots.
 #[derive(Debug, Error)]
@@ -91,13 +93,36 @@ fn write_json<T: Serialize>(dir: &Path, name: &str, value: &T) -> Result<(), Err
     })
 }
 
+/// Opens a regular file; anything else (a pipe, a device) could make the reader wait, or never end.
+fn open(path: &Path) -> Result<File, Error> {
+    let file = File::options()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(path)
+        .map_err(io_error(path))?;
+    if file.metadata().map_err(io_error(path))?.is_file() {
+        Ok(file)
+    } else {
+        Err(Error::Format {
+            path: path.into(),
+            reason: "it is no regular file".into(),
+        })
+    }
+}
+
 fn read_json<T: DeserializeOwned>(dir: &Path, name: &str) -> Result<T, Error> {
     let path = dir.join(name);
-    let file = File::open(&path).map_err(io_error(&path))?;
-    serde_json::from_reader(BufReader::new(file)).map_err(|e| Error::Format {
-        path,
-        reason: e.to_string(),
-    })
+    let file = open(&path)?;
+    let format = |reason| Error::Format {
+        path: path.clone(),
+        reason,
+    };
+    if file.metadata().map_err(io_error(&path))?.len() > MAX_JSON {
+        return Err(format(format!("it is longer than {} MiB", MAX_JSON >> 20)));
+    }
+    // It may grow meanwhile.
+    let reader = BufReader::new(file.take(MAX_JSON));
+    serde_json::from_reader(reader).map_err(|e| format(e.to_string()))
 }
 
 /// Writes a snapshot of a paused VM into `dir`, which is made when it does not exist.
@@ -122,7 +147,29 @@ pub fn load(dir: &Path) -> Result<(VmConfig, VmState), Error> {
 
 /// Reads the RAM of a snapshot.
 pub fn load_memory(dir: &Path, ram: &GuestRam) -> Result<(), Error> {
-    let path = dir.join(MEMORY);
-    let file = File::open(&path).map_err(io_error(&path))?;
-    Ok(ram.load(&file)?)
+    Ok(ram.load(&open(&dir.join(MEMORY))?)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn files_that_would_never_end_are_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let config = dir.path().join(CONFIG);
+        let refusal = || load(dir.path()).unwrap_err().to_string();
+        // A pipe without a writer: opening it would wait.
+        let made = std::process::Command::new("mkfifo").arg(&config).status().unwrap();
+        assert!(made.success());
+        assert!(refusal().contains("no regular file"), "{}", refusal());
+        fs::remove_file(&config).unwrap();
+        std::os::unix::fs::symlink("/dev/zero", &config).unwrap();
+        assert!(refusal().contains("no regular file"), "{}", refusal());
+        fs::remove_file(&config).unwrap();
+        File::create(&config).unwrap().set_len(MAX_JSON + 1).unwrap();
+        assert!(refusal().contains("longer than"), "{}", refusal());
+        fs::write(&config, "{").unwrap();
+        assert!(refusal().contains("config.json"), "{}", refusal());
+    }
 }

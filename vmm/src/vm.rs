@@ -187,6 +187,21 @@ pub struct Vm {
 impl Vm {
     /// Builds the VM; nothing runs yet. `uuid` names it to FT's arbiter; a fresh one when `None`.
     pub fn new(config: VmConfig, uuid: Option<String>, context: &VmContext) -> Result<Arc<Self>, Error> {
+        Self::build(config, uuid, context, &[])
+    }
+
+    /// Builds a VM that runs elsewhere, under this `uuid`. Its disks in `shared`, by id, are written there for the time
+    /// being: they are opened without their lock.
+    pub fn shadow(config: VmConfig, uuid: String, context: &VmContext, shared: &[String]) -> Result<Arc<Self>, Error> {
+        Self::build(config, Some(uuid), context, shared)
+    }
+
+    fn build(
+        mut config: VmConfig,
+        uuid: Option<String>,
+        context: &VmContext,
+        shared: &[String],
+    ) -> Result<Arc<Self>, Error> {
         context.landlock.restrict(&config)?;
         let hv = |what| move |source| Error::Hypervisor { what, source };
         let ram = GuestRam::new(&config.memory)?;
@@ -206,7 +221,8 @@ impl Vm {
             asked: Mutex::default(),
         });
         let router = Router::new(kvm.clone());
-        let devices = DeviceManager::new(&config, &ram, &kvm, &router, signals.clone())?;
+        let devices = DeviceManager::new(&config, &ram, &kvm, &router, signals.clone(), shared)?;
+        crate::disks::keep_formats(&mut config);
         let mut vcpus = Vec::with_capacity(usize::from(vcpu_count));
         let mut cpuid = Vec::new();
         for id in 0..vcpu_count {

@@ -10,7 +10,7 @@ use super::Refused;
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct DiskConfig {
-    /// A raw image file or a block device of the host.
+    /// An image file, or a block device of the host with a raw image.
     pub path: Option<PathBuf>,
     /// The guest cannot write.
     pub readonly: bool,
@@ -41,11 +41,12 @@ pub struct DiskConfig {
     pub serial: Option<String>,
     /// Not offered.
     pub queue_affinity: Refused,
-    /// Not offered.
+    /// A qcow2 image may name other files, from which what it does not hold is read.
     pub backing_files: bool,
     /// Discarded blocks give their space back.
     pub sparse: bool,
-    /// `Raw`; the same when not given.
+    /// `Raw` or `Qcow2`. When it is not given the image must be raw: the format is never taken from the image's content,
+    /// which a guest may have written.
     pub image_type: Option<ImageType>,
     /// How the image file is locked; `Full` is not offered.
     pub lock_granularity: LockGranularity,
@@ -90,13 +91,13 @@ impl Default for DiskConfig {
 pub enum ImageType {
     /// Not offered.
     FixedVhd,
-    /// Not offered.
+    /// QEMU's format, version 3.
     Qcow2,
     /// The disk's bytes, nothing else.
     Raw,
     /// Not offered.
     Vhdx,
-    /// Not said; taken as `Raw`.
+    /// As when none is given.
     Unknown,
 }
 

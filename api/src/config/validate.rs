@@ -15,7 +15,8 @@ const SUPPORTED: &str = "cpus, memory, payload (kernel, cmdline, initramfs), dis
     landlock_enable, landlock_rules";
 const SUPPORTED_CPUS: &str = "boot_vcpus, max_vcpus, topology (1 thread per core, 1 die per package, 1 package)";
 const SUPPORTED_MEMORY: &str = "size, mergeable, shared, hugepages, hugepage_size, prefault, thp";
-const SUPPORTED_DISK: &str = "path, readonly, direct, queue_size, id, serial, image_type (Raw), disable_io_uring";
+const SUPPORTED_DISK: &str = "path, readonly, direct, queue_size, id, serial, image_type (Raw, Qcow2), \
+    backing_files, disable_io_uring";
 const SUPPORTED_NET: &str = "tap, ip, mask, mac, host_mac, mtu, queue_size, id, offload_tso, offload_ufo, offload_csum";
 const SUPPORTED_CONSOLE: &str = "mode (Off, Null, Tty, File), file";
 /// Most vCPUs of a VM: ids of the xAPIC.
@@ -327,17 +328,21 @@ impl VmConfig {
 
 fn check_disk(disk: &DiskConfig, c: &mut Check<'_>) {
     let path = disk.path.as_ref().is_some_and(|p| !p.as_os_str().is_empty());
-    c.require(path, "path", "missing: a raw image file or a block device of the host");
+    c.require(path, "path", "missing: an image file or a block device of the host");
     c.require(disk.num_queues == 1, "num_queues", "must be 1");
     check_queue_size(disk.queue_size, c);
     if let Some(serial) = &disk.serial {
         c.require(serial.len() <= MAX_SERIAL, "serial", "must not be longer than 20 bytes");
     }
-    let raw = matches!(disk.image_type, None | Some(ImageType::Raw | ImageType::Unknown));
     c.require(
-        raw,
+        !matches!(disk.image_type, Some(ImageType::FixedVhd | ImageType::Vhdx)),
         "image_type",
-        "only Raw is supported: convert the image (qemu-img convert -O raw)",
+        "only Raw and Qcow2 are supported: convert the image (qemu-img convert -O qcow2)",
+    );
+    c.require(
+        !disk.backing_files || disk.image_type == Some(ImageType::Qcow2),
+        "backing_files",
+        "supported only with image_type Qcow2",
     );
     c.offered(disk.lock_granularity == LockGranularity::ByteRange, "lock_granularity");
     c.offered(disk.sparse, "sparse");
@@ -352,7 +357,6 @@ fn check_disk(disk: &DiskConfig, c: &mut Check<'_>) {
     c.all_off(&[
         ("iommu", disk.iommu),
         ("vhost_user", disk.vhost_user),
-        ("backing_files", disk.backing_files),
         ("disable_aio", disk.disable_aio),
     ]);
 }

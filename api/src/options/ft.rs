@@ -1,9 +1,9 @@
 //! The options of fault tolerance: `--ft-receive`, `--disk` and `--net` of a backup, limits as `key=value`.
 
-use ft::config::{FtDiskOverride, FtLimitsPatch, FtNetOverride, FtReceiveConfig, FtTls};
+use ft::config::{FtDiskOverride, FtImageType, FtLimitsPatch, FtNetOverride, FtReceiveConfig, FtTls};
 
 use super::{OptionError, OptionValue, Options};
-use crate::config::{ConsoleConfig, ConsoleMode};
+use crate::config::{ConsoleConfig, ConsoleMode, ImageType};
 
 /// Limits that can be set: members of [`ft::config::FtLimits`].
 pub const LIMITS: &[&str] = &[
@@ -48,12 +48,16 @@ pub fn receive(text: &str) -> Result<FtReceiveConfig, OptionError> {
     })
 }
 
-/// `--disk id=_disk0,path=/b.img`
+/// `--disk id=_disk0,path=/b.img,image_type=qcow2`
 pub fn disk(text: &str) -> Result<FtDiskOverride, OptionError> {
-    let mut options = Options::parse("--disk (of a backup)", &["id", "path"], text)?;
+    let mut options = Options::parse("--disk (of a backup)", &["id", "path", "image_type"], text)?;
     Ok(FtDiskOverride {
         id: options.need("id")?,
         path: options.need("path")?,
+        image_type: options.take("image_type")?.map(|format| match format {
+            ImageType::Qcow2 => FtImageType::Qcow2,
+            _ => FtImageType::Raw,
+        }),
     })
 }
 
@@ -155,6 +159,13 @@ mod tests {
         let config = receive("listen=unix:/a,arbiter=etcd:a:1+[::1]:2+ca=/c,insecure=on").unwrap();
         assert_eq!(config.arbiter.as_deref(), Some("etcd:a:1+[::1]:2+ca=/c"));
         assert_eq!(disk("id=_disk0,path=/b").unwrap().id, "_disk0");
+        let format = |text| disk(text).map(|disk| disk.image_type);
+        assert_eq!(format("id=_disk0,path=/b").unwrap(), None);
+        assert_eq!(
+            format("id=_disk0,path=/b,image_type=qcow2").unwrap(),
+            Some(FtImageType::Qcow2)
+        );
+        assert!(format("id=_disk0,path=/b,image_type=vhdx").is_err());
         assert!(disk("id=_disk0").is_err());
         assert!(
             disk("id=_disk0,path=/b,readonly=on")

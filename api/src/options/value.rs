@@ -115,10 +115,14 @@ impl OptionValue for CpuTopology {
 }
 
 impl OptionValue for ImageType {
-    const EXPECTED: &'static str = "raw (other formats are not supported: convert the image with qemu-img)";
+    const EXPECTED: &'static str = "raw or qcow2 (other formats are not supported: convert the image with qemu-img)";
 
     fn parse(text: &str) -> Option<Self> {
-        (text.eq_ignore_ascii_case("raw")).then_some(Self::Raw)
+        match text.to_ascii_lowercase().as_str() {
+            "raw" => Some(Self::Raw),
+            "qcow2" => Some(Self::Qcow2),
+            _ => None,
+        }
     }
 }
 

@@ -61,6 +61,7 @@ impl DiskConfig {
             "num_queues",
             "queue_size",
             "image_type",
+            "backing_files",
         ];
         let mut options = Options::parse("--disk", KEYS, text)?;
         let mut disk = Self {
@@ -74,6 +75,7 @@ impl DiskConfig {
         options.set("num_queues", &mut disk.num_queues)?;
         options.set("queue_size", &mut disk.queue_size)?;
         options.set_some("image_type", &mut disk.image_type)?;
+        options.set("backing_files", &mut disk.backing_files)?;
         Ok(disk)
     }
 }
@@ -175,6 +177,10 @@ mod tests {
         let disk = DiskConfig::parse("path=/a,readonly=on,serial=x").unwrap();
         assert_eq!(disk.path.as_deref(), Some(std::path::Path::new("/a")));
         assert!(disk.readonly && !disk.direct);
+        let disk = DiskConfig::parse("path=/a,image_type=Qcow2,backing_files=on").unwrap();
+        assert!(disk.image_type == Some(crate::config::ImageType::Qcow2) && disk.backing_files);
+        let unknown = DiskConfig::parse("path=/a,image_type=vhdx").unwrap_err().to_string();
+        assert!(unknown.contains("raw or qcow2"), "{unknown}");
         let net = NetConfig::parse("tap=t0,mac=52:54:00:12:34:56,ip=10.0.0.1,mask=255.0.0.0").unwrap();
         assert_eq!(net.mac.unwrap().to_string(), "52:54:00:12:34:56");
         assert_eq!(

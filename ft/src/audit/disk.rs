@@ -92,7 +92,7 @@ pub(crate) struct DiskAudit {
 impl DiskAudit {
     pub(crate) fn new(identity: &Identity) -> Self {
         let disks = (0..).zip(&identity.disks);
-        let replicated = disks.filter(|(_, disk)| !disk.readonly && disk.size > 0);
+        let replicated = disks.filter(|(_, disk)| disk.is_replicated() && disk.size > 0);
         Self {
             disks: replicated.map(|(index, disk)| (index, disk.size)).collect(),
             state: Mutex::new(State {
@@ -109,11 +109,10 @@ impl DiskAudit {
 
     /// A change was logged. Called in the order of the log.
     pub(crate) fn changed(&self, disk: u16, change: &DiskChange) {
-        let (offset, len) = match change {
-            DiskChange::Write { offset, data } => (*offset, data.len() as u64),
-            DiskChange::Zero { offset, len, .. } => (*offset, *len),
-            DiskChange::Flush => return,
-        };
+        let (offset, len) = change.range();
+        if len == 0 {
+            return;
+        }
         if let Some(batch) = lock(&self.state).batch.as_mut().filter(|batch| batch.disk == disk) {
             batch.touch(offset, len);
         }
@@ -232,6 +231,7 @@ mod tests {
             id: "d".into(),
             size: size.unwrap_or(CHUNK),
             readonly: size.is_none(),
+            shared: None,
         };
         DiskAudit::new(&Identity {
             vm_id: "vm".into(),

@@ -27,11 +27,53 @@ pub(super) struct Checkpoint {
     pub(super) epoch: u64,
     pub(super) state: Vec<u8>,
     pub(super) outputs: Vec<Output>,
+    /// Changes of shared disks, in order.
+    pub(super) shared: Vec<(u16, DiskChange)>,
+    /// Bytes of outputs and changes.
+    pub(super) kept: u64,
     /// When its end marker came.
     pub(super) came: Nanos,
     /// Its age then.
     pub(super) age: Nanos,
 }
+
+impl Checkpoint {
+    /// Of the epoch that was staged at `came`, with its changes of shared disks.
+    pub(super) fn new(epoch: u64, staged: &mut StagedEpoch, shared: Vec<(u16, DiskChange)>, came: Nanos) -> Self {
+        let outputs = std::mem::take(&mut staged.outputs);
+        let held = |output: &Output| match output {
+            Output::Frame { data, .. } | Output::Console { data, .. } => data.len() as u64,
+        };
+        let change = |(_, change): &(u16, DiskChange)| match change {
+            DiskChange::Write { data, .. } => ENTRY + data.len() as u64,
+            _ => ENTRY,
+        };
+        Self {
+            epoch,
+            kept: outputs.iter().map(held).sum::<u64>() + shared.iter().map(change).sum::<u64>(),
+            state: std::mem::take(&mut staged.state),
+            outputs,
+            shared,
+            came,
+            age: staged.age_ns,
+        }
+    }
+}
+
+/// What activation gets of them.
+struct Taken {
+    state: Vec<u8>,
+    /// Since that state.
+    age: Duration,
+    outputs: Vec<Output>,
+    shared: Vec<(u16, DiskChange)>,
+}
+
+/// Bytes that a small entry costs beside its data.
+const ENTRY: u64 = 64;
+
+/// Pause before the locks of shared disks are asked for again.
+const LOCK_PAUSE: Duration = Duration::from_millis(20);
 
 /// Checkpoints that activation may need: the newest for its state, and those whose outputs may not have left.
 #[derive(Default)]
@@ -46,31 +88,35 @@ impl Checkpoints {
         for old in &mut self.0 {
             old.state = Vec::new();
         }
-        self.0.retain(|old| !old.outputs.is_empty());
+        self.0.retain(|old| !old.outputs.is_empty() || !old.shared.is_empty());
         self.0.push_back(checkpoint);
     }
 
-    /// Bytes of the outputs that may not have left.
-    pub(super) fn output_bytes(&self) -> u64 {
-        let outputs = self.0.iter().flat_map(|checkpoint| &checkpoint.outputs);
-        let data = outputs.map(|(Output::Frame { data, .. } | Output::Console { data, .. })| data.len() as u64);
-        data.sum()
+    /// Bytes of what the primary may not have let go of.
+    pub(super) fn kept_bytes(&self) -> u64 {
+        self.0.iter().map(|checkpoint| checkpoint.kept).sum()
     }
 
-    /// State, age at `now` and outputs that are to leave at a takeover at the end of `epoch`.
-    fn take(&mut self, epoch: u64, released: u64, now: Nanos) -> Option<(Vec<u8>, Duration, Vec<Output>)> {
-        let mut outputs = Vec::new();
+    /// What a takeover at the end of `epoch` needs; outputs and changes after `released`.
+    fn take(&mut self, epoch: u64, released: u64, now: Nanos) -> Option<Taken> {
+        let (mut outputs, mut shared) = (Vec::new(), Vec::new());
         let mut found = None;
         for checkpoint in self.0.drain(..).filter(|c| c.epoch <= epoch) {
             if checkpoint.epoch > released {
                 outputs.extend(checkpoint.outputs);
+                shared.extend(checkpoint.shared);
             }
             if checkpoint.epoch == epoch {
                 let age = checkpoint.age.saturating_add(now.saturating_sub(checkpoint.came));
                 found = Some((checkpoint.state, Duration::from_nanos(age)));
             }
         }
-        found.map(|(state, age)| (state, age, outputs))
+        found.map(|(state, age)| Taken {
+            state,
+            age,
+            outputs,
+            shared,
+        })
     }
 }
 
@@ -98,7 +144,7 @@ fn apply(session: &Session, shadow: &mut dyn Shadow, epoch: u64, staged: &Staged
     }
     if epoch == 1 && session.on_disk() {
         let disks = session.hello.identity.disks.iter().enumerate();
-        for (disk, _) in disks.filter(|(_, disk)| !disk.readonly) {
+        for (disk, _) in disks.filter(|(_, disk)| disk.is_replicated()) {
             shadow.apply_disk(disk as u16, &DiskChange::Flush)?;
         }
     }
@@ -193,59 +239,89 @@ pub(super) fn run(session: &Arc<Session>, jobs: &crossbeam_channel::Receiver<Job
 
 fn activate(session: &Session, epoch: u64) -> Result<(), MachineError> {
     let missing = || MachineError(format!("the state of epoch {epoch} is missing"));
-    let shadow = lock(&session.shadow).take().ok_or_else(missing)?;
+    let mut shadow = lock(&session.shadow).take().ok_or_else(missing)?;
+    if let Err(e) = claim(session, shadow.as_mut()) {
+        shadow.discard(false);
+        return Err(e);
+    }
     let inputs = lock(&session.staging).take_uncommitted_inputs(epoch);
     let taken = lock(&session.checkpoints).take(epoch, session.released(), session.clock.now());
-    let Some((state, elapsed, outputs)) = taken else {
+    let Some(taken) = taken else {
         shadow.discard(false);
         return Err(missing());
     };
     log::info!(
-        "ft: activating epoch {epoch}: {} inputs again, {} outputs",
+        "ft: activating epoch {epoch}: {} inputs again, {} outputs, {} changes of shared disks",
         inputs.len(),
-        outputs.len()
+        taken.outputs.len(),
+        taken.shared.len()
     );
+    // Some may be there already, from the primary; the disk ends up the same (R3).
+    for (disk, change) in &taken.shared {
+        if let Err(e) = shadow.apply_disk(*disk, change) {
+            shadow.discard(false);
+            return Err(e);
+        }
+    }
     shadow
         .activate(Takeover {
-            state,
-            elapsed,
-            outputs,
+            state: taken.state,
+            elapsed: taken.age,
+            outputs: taken.outputs,
             inputs,
         })
         .map(drop)
+}
+
+/// Takes the locks of shared disks. The primary may be stopped in the middle of a write that would come late (R4): until it
+/// has ended, or learnt that it lost and given them back, nothing is written here.
+fn claim(session: &Session, shadow: &mut dyn Shadow) -> Result<(), MachineError> {
+    while let Some(who) = shadow.claim_disks()? {
+        let mut waits = lock(&session.waits);
+        if waits.as_ref() != Some(&who) {
+            log::warn!("ft: {who}");
+        }
+        *waits = Some(who);
+        drop(waits);
+        if session.quits() {
+            return Err(MachineError(
+                "FT was shut down while it waited for the lock of a shared disk".into(),
+            ));
+        }
+        std::thread::sleep(LOCK_PAUSE);
+    }
+    *lock(&session.waits) = None;
+    Ok(())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn checkpoint(epoch: u64) -> Checkpoint {
-        let outputs = vec![Output::Console {
-            console: 0,
-            data: vec![epoch as u8],
-        }];
-        Checkpoint {
-            epoch,
-            state: vec![epoch as u8],
-            outputs,
-            came: epoch * 100,
-            age: 7,
-        }
+    fn checkpoint(epoch: u64, shared: bool) -> Checkpoint {
+        let data = vec![epoch as u8];
+        let mut staged = StagedEpoch::default();
+        staged
+            .outputs
+            .extend(shared.then_some(Output::Console { console: 0, data }));
+        (staged.state, staged.age_ns) = (vec![epoch as u8], 7);
+        let changes = if shared {
+            vec![(0, DiskChange::Flush)]
+        } else {
+            Vec::new()
+        };
+        Checkpoint::new(epoch, &mut staged, changes, epoch * 100)
     }
 
     #[test]
     fn what_a_primary_never_releases_is_counted_and_epochs_without_outputs_are_not_kept() {
         let mut checkpoints = Checkpoints::default();
         for epoch in 1..=100 {
-            let mut checkpoint = checkpoint(epoch);
-            if epoch % 10 != 0 {
-                checkpoint.outputs.clear();
-            }
-            checkpoints.push(checkpoint, 0);
+            checkpoints.push(checkpoint(epoch, epoch % 10 == 0), 0);
         }
-        assert_eq!((checkpoints.0.len(), checkpoints.output_bytes()), (10, 10));
-        checkpoints.push(checkpoint(101), 100);
-        assert_eq!(checkpoints.output_bytes(), 1);
+        assert_eq!((checkpoints.0.len(), checkpoints.kept_bytes()), (10, 10 * (1 + ENTRY)));
+        checkpoints.push(checkpoint(101, true), 100);
+        assert_eq!(checkpoints.kept_bytes(), 1 + ENTRY);
         assert!(checkpoints.take(101, 100, 0).is_some());
     }
 
@@ -253,13 +329,14 @@ mod tests {
     fn a_takeover_gets_the_last_state_and_the_outputs_that_may_not_have_left() {
         let mut checkpoints = Checkpoints::default();
         for epoch in 1..=4 {
-            checkpoints.push(checkpoint(epoch), epoch.saturating_sub(3));
+            checkpoints.push(checkpoint(epoch, true), epoch.saturating_sub(3));
         }
         assert_eq!(checkpoints.0.iter().filter(|c| !c.state.is_empty()).count(), 1);
-        let (state, age, outputs) = checkpoints.take(4, 3, 450).unwrap();
-        assert_eq!((state, age), (vec![4], Duration::from_nanos(57)));
+        let taken = checkpoints.take(4, 3, 450).unwrap();
+        assert_eq!((taken.state, taken.age), (vec![4], Duration::from_nanos(57)));
+        assert_eq!(taken.shared.len(), 1);
         assert_eq!(
-            outputs,
+            taken.outputs,
             [Output::Console {
                 console: 0,
                 data: vec![4]

@@ -173,6 +173,7 @@ impl Shared {
             // Whoever comes is known by the name that it is reached by.
             tls: self.config.tls.clone().map(|tls| FtTls { peer: None, ..tls }),
             durability: info.durability,
+            shared_disks: info.shared_disks,
             audit: info.audit.policy,
             limits: info.limits,
             auto_reprotect: true,

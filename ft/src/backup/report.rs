@@ -2,6 +2,7 @@
 
 use super::session::Session;
 use crate::config::{FtAuditInfo, FtInfo, FtRole, FtState};
+use crate::event::joined;
 use crate::machine::{DiskChange, PAGE_SIZE, PageRun};
 use crate::primary::session::lock;
 use crate::stats::Stat;
@@ -29,7 +30,7 @@ impl Measures {
                 self.disk += match change {
                     DiskChange::Write { data, .. } => data.len() as u64,
                     DiskChange::Zero { len, .. } => *len,
-                    DiskChange::Flush => 0,
+                    DiskChange::Flush | DiskChange::Check { .. } => 0,
                 };
             }
             Frame::End(marker) => {
@@ -55,7 +56,8 @@ impl Session {
         } else {
             FtRole::Backup
         };
-        (info.state, info.reason) = (status.state, status.reason);
+        info.state = status.state;
+        info.reason = joined(status.reason, lock(&self.waits).clone());
         (info.generation, info.epoch, info.committed) = (status.generation, status.epoch, status.committed);
         info.epochs_total = status.committed;
         info.peer = Some(self.peer.clone());
@@ -66,7 +68,9 @@ impl Session {
         info.tell_spares(self.hello.reprotect.as_ref());
         let identity = &self.hello.identity;
         info.progress.ram_bytes_total = identity.memory.iter().map(|(_, size)| size).sum();
-        info.progress.disk_bytes_total = identity.disks.iter().filter(|d| !d.readonly).map(|d| d.size).sum();
+        let (copied, shared): (Vec<_>, Vec<_>) = identity.disks.iter().partition(|disk| disk.shared.is_none());
+        info.progress.disk_bytes_total = copied.iter().filter(|disk| !disk.readonly).map(|disk| disk.size).sum();
+        info.shared_disks = shared.iter().map(|disk| disk.id.clone()).collect();
         let measures = lock(&self.measures);
         info.progress.ram_bytes_sent = measures.ram;
         info.progress.disk_bytes_sent = measures.disk;

@@ -58,6 +58,8 @@ pub(super) struct Session {
     pub(super) core: Mutex<BackupState>,
     announced: Mutex<Option<Status>>,
     pub(super) limits: Mutex<FtLimits>,
+    /// What a takeover waits for.
+    pub(super) waits: Mutex<Option<String>>,
     pub(super) staging: Mutex<Staging>,
     pub(super) checkpoints: Mutex<Checkpoints>,
     pub(super) shadow: Mutex<Option<Box<dyn Shadow>>>,
@@ -95,6 +97,7 @@ impl Session {
             announced: Mutex::new(None),
             staging: Mutex::new(Staging::new(&parts.hello.identity, log_limit(&limits))),
             limits: Mutex::new(limits),
+            waits: Mutex::new(None),
             checkpoints: Mutex::default(),
             shadow: Mutex::new(Some(parts.shadow)),
             jobs: Mutex::new(None),
@@ -234,14 +237,9 @@ impl Session {
         let Some(mut staged) = lock(&self.staging).take(epoch) else {
             return;
         };
-        let (state, outputs) = (std::mem::take(&mut staged.state), std::mem::take(&mut staged.outputs));
-        let checkpoint = Checkpoint {
-            epoch,
-            state,
-            outputs,
-            came: self.clock.now(),
-            age: staged.age_ns,
-        };
+        // The primary writes them to shared disks itself, unless it is lost before it said that it did.
+        let shared = lock(&self.staging).take_shared(&mut staged);
+        let checkpoint = Checkpoint::new(epoch, &mut staged, shared, self.clock.now());
         lock(&self.checkpoints).push(checkpoint, self.released());
         self.job(Job::Apply(epoch, Box::new(staged)));
     }
@@ -343,7 +341,7 @@ impl Session {
             {
                 let checked = match &frame {
                     Frame::Pages { runs, .. } | Frame::ZeroPages { runs, .. } => staging.check_pages(runs),
-                    Frame::Disk { disk, change, .. } => staging.check_disk(*disk, change),
+                    Frame::Disk { disk, change, .. } => staging.check_copy(*disk, change),
                     _ => Ok(()),
                 };
                 drop(staging);
@@ -357,14 +355,13 @@ impl Session {
             Frame::Pages { epoch, runs, data } => staging.pages(epoch, runs, data),
             Frame::ZeroPages { epoch, runs } => staging.zero_pages(epoch, &runs),
             Frame::Lines { epoch, pages, data } => staging.lines(epoch, pages, data),
-            Frame::Disk { epoch, disk, change } => staging.disk(epoch, disk, change),
+            Frame::Disk { epoch, disk, change } => {
+                self.check_kept(&staging)?;
+                staging.disk(epoch, disk, change)
+            }
             Frame::Input { epoch, input } => staging.input(epoch, input),
             Frame::Outputs { epoch, outputs } => {
-                // A primary holds no more than that itself; one that never says that they left must not fill this host.
-                let kept = lock(&self.checkpoints).output_bytes();
-                if kept > staging.log_limit() {
-                    return Err(format!("the primary holds {kept} bytes of outputs and makes more"));
-                }
+                self.check_kept(&staging)?;
                 staging.outputs(epoch, outputs)
             }
             Frame::Audit { epoch, sums } => staging.audit(epoch, sums),
@@ -374,7 +371,10 @@ impl Session {
                 let (bytes, flushes) = staging.end(&marker).map_err(|e| e.to_string())?;
                 drop(staging);
                 // The first one ends pre-copy, whose disk blocks count from now on.
-                let durable = (flushes || marker.epoch == 1) && self.on_disk();
+                let first = marker.epoch == 1;
+                // Nor before shared disks were found to be the primary's.
+                let checks = first && self.hello.identity.disks.iter().any(|disk| disk.shared.is_some());
+                let durable = (flushes || first) && self.on_disk() || checks;
                 self.feed(Event::Staged {
                     epoch: marker.epoch,
                     bytes,
@@ -406,6 +406,15 @@ impl Session {
             }
         };
         result.map_err(|e| e.to_string())
+    }
+
+    /// A primary holds no more than that itself; one that never says that it let go of it must not fill this host.
+    fn check_kept(&self, staging: &Staging) -> Result<(), String> {
+        let kept = lock(&self.checkpoints).kept_bytes();
+        if kept > staging.log_limit() {
+            return Err(format!("the primary holds {kept} bytes of outputs and makes more"));
+        }
+        Ok(())
     }
 
     /// Pre-copy: nothing counts yet, so it goes straight into the shadow.
@@ -478,6 +487,10 @@ impl Session {
 
     pub(super) fn may_leave(&self) -> bool {
         lock(&self.core).may_leave()
+    }
+
+    pub(super) fn quits(&self) -> bool {
+        self.quit.load(Ordering::SeqCst)
     }
 
     /// The threads are to end, whatever the state.

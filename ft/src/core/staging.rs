@@ -38,6 +38,12 @@ pub enum StagingError {
         /// Number of pages.
         count: u64,
     },
+    /// A frame names pages again and again.
+    #[error("a frame of {count} pages or more: the VM's RAM has fewer")]
+    Repeated {
+        /// Number of pages so far.
+        count: u64,
+    },
     /// A place outside of the disk, or on a disk that is not replicated.
     #[error("disk {disk}: {len} bytes at {offset}: no such place, or read-only")]
     Disk {
@@ -125,6 +131,7 @@ pub struct Staging {
     memory: Vec<(u64, u64)>,
     /// Size of each disk; `None`: read-only.
     disks: Vec<Option<u64>>,
+    shared: Vec<bool>,
     nics: u32,
     pages_limit: u64,
     log_limit: u64,
@@ -142,6 +149,7 @@ impl Staging {
         Self {
             memory: identity.memory.clone(),
             disks: identity.disks.iter().map(|d| (!d.readonly).then_some(d.size)).collect(),
+            shared: identity.disks.iter().map(|d| d.shared.is_some()).collect(),
             nics: identity.nics,
             pages_limit: identity.memory.iter().map(|(_, size)| size / PAGE_SIZE as u64).sum(),
             log_limit,
@@ -160,8 +168,9 @@ impl Staging {
         self.log_limit
     }
 
-    /// Checks that pages are in RAM.
+    /// Checks that pages are in RAM, and no more than RAM has: a small frame must not make the backup write for ever.
     pub fn check_pages(&self, runs: &[PageRun]) -> Result<(), StagingError> {
+        let mut pages = 0;
         for run in runs {
             let (gpa, count) = (run.gpa, run.count);
             let len = count.checked_mul(PAGE_SIZE as u64);
@@ -170,17 +179,21 @@ impl Staging {
             if count == 0 || gpa % PAGE_SIZE as u64 != 0 || !self.memory.iter().any(inside) {
                 return Err(StagingError::Memory { gpa, count });
             }
+            // Each run is within RAM, and there are not many of them in a frame: the sum fits.
+            pages += count;
+            if pages > self.pages_limit {
+                return Err(StagingError::Repeated { count: pages });
+            }
         }
         Ok(())
     }
 
-    /// Checks that a change is within a disk that is replicated.
+    /// Checks that a change is within a disk that can be written.
     pub fn check_disk(&self, disk: u16, change: &DiskChange) -> Result<(), StagingError> {
-        let (offset, len) = match change {
-            DiskChange::Write { offset, data } => (*offset, data.len() as u64),
-            DiskChange::Zero { offset, len, .. } => (*offset, *len),
-            DiskChange::Flush => (0, 0),
-        };
+        let (offset, len) = change.range();
+        if matches!(change, DiskChange::Check { .. }) && !self.is_shared(disk) {
+            return Err(StagingError::Disk { disk, offset, len });
+        }
         self.check_range(disk, offset, len)
     }
 
@@ -206,6 +219,20 @@ impl Staging {
             (Some(size), Some(end)) if end <= size => Ok(()),
             _ => Err(StagingError::Disk { disk, offset, len }),
         }
+    }
+
+    /// Checks that a block of pre-copy is of a disk that is copied at all.
+    pub fn check_copy(&self, disk: u16, block: &DiskChange) -> Result<(), StagingError> {
+        let (offset, len) = block.range();
+        match self.is_shared(disk) {
+            true => Err(StagingError::Disk { disk, offset, len }),
+            false => self.check_disk(disk, block),
+        }
+    }
+
+    /// Both hosts see the disk.
+    pub fn is_shared(&self, disk: u16) -> bool {
+        self.shared.get(usize::from(disk)).copied().unwrap_or(false)
     }
 
     fn epoch(&mut self, epoch: u64) -> Result<&mut StagedEpoch, StagingError> {
@@ -414,6 +441,14 @@ impl Staging {
         } else {
             self.epochs.remove(&epoch)
         }
+    }
+
+    /// Takes the changes of shared disks out of an epoch that was taken.
+    pub fn take_shared(&self, staged: &mut StagedEpoch) -> Vec<(u16, DiskChange)> {
+        let change = |(disk, change): &mut (u16, DiskChange)| {
+            self.is_shared(*disk) && !matches!(change, DiskChange::Check { .. })
+        };
+        staged.disk.extract_if(.., change).collect()
     }
 
     /// The inputs of all epochs after `epoch`, in order: to be given to the guest again (R8). Everything else of them

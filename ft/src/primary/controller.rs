@@ -114,12 +114,15 @@ impl Controller {
         self.session.machine.start_tracking()?;
         self.tracking = true;
         let pending = precopy::run(self)?;
+        // So that little is left to be flushed in the pause.
+        self.session.flush_disks()?;
         let begin = Instant::now();
         self.pause()?;
         precopy::last_pass(self, pending)?;
         let session = &self.session;
         session.machine.attach(session.interposer.clone(), &session.id)?;
         self.attached = true;
+        self.session.vouch_for_disks()?;
         if !lock(&self.session.core).begin_first_checkpoint() {
             return Err(BeginError::Ended);
         }
@@ -178,6 +181,7 @@ impl Controller {
             Action::Stop(reason) => self.stop(&reason),
             // Performed by the session.
             Action::Release(_)
+            | Action::Write(_)
             | Action::Throttle(_)
             | Action::Send(_)
             | Action::AskArbiter { .. }
@@ -239,6 +243,10 @@ impl Controller {
                 session.machine.release(outputs);
             }
             drop(order);
+            if !session.write_all() {
+                // The guest took it for done: it cannot go on without.
+                return self.stop("FT was shut down before shared disks had taken everything");
+            }
             if let Err(e) = session.machine.detach() {
                 problem("taking the interposer away", e);
             }
@@ -257,6 +265,7 @@ impl Controller {
         // Workers that wait for room would keep the VM from being paused; what they still send is held and dropped.
         self.session.interposer.begin_cut();
         self.session.machine.stop(reason);
+        self.session.give_disks_up();
         self.session.machine_stopped();
         drop(self.session.interposer.close());
         self.stopped = true;

@@ -5,14 +5,19 @@
 //! * `session`: what the threads share: the protocol core and who performs its actions;
 //! * `controller`: the thread that copies (pre-copy, checkpoints) and that alone pauses and resumes the VM;
 //! * `precopy`, `checkpoint`: what it does in the two stages; `repair`: what it sends anew;
+//! * `disks`: the thread that writes to shared disks what may be written;
 //! * `metrics`: measures for `ft info`; `report`: what is told of a session.
 //!
 //! Threads: controller; sender (writes what device workers post); receiver (acknowledgements: it releases outputs
-//! itself, so that nobody has to be woken); pulse (heartbeats, silence, retries); audit (reads disks); one per question to the arbiter.
-//! Lock order: core, then interposer, then outbox or audit. Machine calls are made without any of them but the release lock.
+//! itself, so that nobody has to be woken); disks (if any are shared); pulse (heartbeats, silence, retries); audit (reads
+//! disks); one per question to the arbiter.
+//! Lock order: the release lock or the writing lock, core, then interposer, then outbox or audit. Machine calls are made
+//! without any of them but the first two.
 
 pub mod checkpoint;
 pub mod controller;
+mod disks;
+mod entries;
 mod handshake;
 pub mod metrics;
 pub mod precopy;
@@ -89,6 +94,10 @@ impl Primary {
         )?;
         let s = session.clone();
         spawn(ThreadKind::FtSender, "ft-sender", Box::new(move || s.send()))?;
+        if session.identity.disks.iter().any(|disk| disk.shared.is_some()) {
+            let s = session.clone();
+            spawn(ThreadKind::FtDisks, "ft-disks", Box::new(move || s.write_disks()))?;
+        }
         let s = session.clone();
         spawn(ThreadKind::FtPulse, "ft-pulse", Box::new(move || s.pulse()))?;
         let s = session.clone();
@@ -110,6 +119,21 @@ impl Primary {
         self.session.info()
     }
 
+    /// Why the VM does not go on yet although FT has ended.
+    pub fn unfinished(&self) -> Option<String> {
+        let session = &self.session;
+        let ended = lock(&session.core).is_over() && !session.is_finished();
+        ended.then(|| {
+            let (bytes, why) = (session.interposer.unwritten(), session.disks.trouble());
+            let why = why.unwrap_or_else(|| "it is being written".into());
+            format!("FT has ended, and {bytes} bytes wait for shared disks: {why}")
+        })
+    }
+
+    fn finished(&self) -> Result<(), Error> {
+        self.unfinished().map_or(Ok(()), |why| Err(Error::Ended(why)))
+    }
+
     /// Ends FT: the backup first promises not to take over, then outputs held are released and the VM runs on as an
     /// ordinary one. Also for a VM that ends by its owner's will.
     pub fn disable(&self) -> Result<(), Error> {
@@ -118,7 +142,7 @@ impl Primary {
             FtState::Disabled | FtState::Stopped => {
                 // Decided, but perhaps not done yet.
                 self.session.wait_end(PATIENCE);
-                return Ok(());
+                return self.finished();
             }
             FtState::WaitingForArbiter => {
                 let reason = status.reason.unwrap_or_default();
@@ -136,7 +160,7 @@ impl Primary {
         self.session.wait_end(PATIENCE);
         let status = lock(&self.session.core).status();
         match status.state {
-            FtState::Disabled | FtState::Solo | FtState::Failed => Ok(()),
+            FtState::Disabled | FtState::Solo | FtState::Failed => self.finished(),
             state => {
                 let reason = status.reason.unwrap_or_default();
                 Err(Error::Ended(format!(
@@ -196,6 +220,11 @@ impl Primary {
         self.session.interposer.set_bound(session::interposer_bound(&changed));
         *lock(&self.session.limits) = changed;
         Ok(())
+    }
+
+    /// Waits until what the guest wrote to shared disks is on them. The VM must stand still, or there is no end to it.
+    pub fn settle(&self) -> Result<(), Error> {
+        self.session.settle(PATIENCE)
     }
 
     /// This side is broken: its VM stops, the backup is left to take over.

@@ -70,7 +70,7 @@ struct Pace {
 /// Copies until little is left; that is returned.
 pub(super) fn run(c: &mut Controller) -> Result<Pending, BeginError> {
     let session = c.session.clone();
-    let disks: Vec<(u16, u64)> = writable(c).collect();
+    let disks: Vec<(u16, u64)> = copied(c).collect();
     let ram_total: u64 = session.identity.memory.iter().map(|(_, size)| size).sum();
     let mut pending = Pending {
         ram: session
@@ -138,11 +138,11 @@ pub(super) fn last_pass(c: &mut Controller, pending: Pending) -> Result<(), Begi
     Ok(())
 }
 
-fn writable(c: &Controller) -> impl Iterator<Item = (u16, u64)> {
+fn copied(c: &Controller) -> impl Iterator<Item = (u16, u64)> {
     let disks = c.session.identity.disks.clone();
     (0u16..)
         .zip(disks)
-        .filter(|(_, disk)| !disk.readonly)
+        .filter(|(_, disk)| disk.is_replicated())
         .map(|(i, disk)| (i, disk.size))
 }
 
@@ -202,7 +202,7 @@ fn harvest(c: &mut Controller) -> Result<Pending, BeginError> {
     let mut pending = Pending::default();
     machine.harvest_dirty(&mut pending.ram)?;
     let mut ranges = Vec::new();
-    for (disk, _) in writable(c) {
+    for (disk, _) in copied(c) {
         ranges.clear();
         machine.harvest_dirty_blocks(disk, &mut ranges)?;
         pending

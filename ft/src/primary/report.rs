@@ -2,7 +2,7 @@
 
 use super::session::{Session, lock};
 use crate::config::{FtInfo, FtRole, FtState};
-use crate::event::FtEvent;
+use crate::event::{FtEvent, joined};
 
 impl Session {
     /// What is copied of a disk at first, and why all of it.
@@ -29,7 +29,8 @@ impl Session {
         lock(&self.metrics).report(&mut info);
         (info.audit.policy, info.audit.disk_rounds) = (self.audit, self.log.audit.rounds());
         let status = self.status();
-        let core = lock(&self.core);
+        let mut core = lock(&self.core);
+        core.note_held(self.interposer.unwritten());
         (info.lag_bytes, info.run_percent) = (core.lag(), core.percent());
         drop(core);
         info.role = if status.state == FtState::Disabled {
@@ -37,7 +38,9 @@ impl Session {
         } else {
             FtRole::Primary
         };
-        (info.state, info.reason) = (status.state, status.reason);
+        info.state = status.state;
+        info.reason = joined(status.reason, self.disks.trouble());
+        info.shared_disks = self.disks.ids();
         (info.generation, info.epoch, info.committed) = (status.generation, status.epoch, status.committed);
         info.peer = Some(self.peer.clone());
         info.transport = Some(self.transport.clone());

@@ -18,14 +18,16 @@ use crate::core::arbitration::Answer;
 use crate::core::primary::{Action, Event, FromBackup, PrimaryState, ToBackup};
 use crate::core::{MAX_IN_FLIGHT, Nanos};
 use crate::event::{EventSink, Status, announce};
-use crate::interposer::{Interposer, LogSink};
-use crate::machine::{DiskChange, Identity, Protected};
+use crate::interposer::Interposer;
+use crate::machine::{Identity, Protected};
 use crate::outbox::{Clock, Outbox};
+use crate::primary::disks::Disks;
+use crate::primary::entries::Log;
 use crate::primary::metrics::Metrics;
 use crate::primary::repair::Repairs;
 use crate::reprotect::Reprotect;
 use crate::transport::Stream;
-use crate::wire::frame::{self, Frame, encode};
+use crate::wire::frame::{Frame, encode};
 use crate::wire::reader::FrameReader;
 
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -70,29 +72,6 @@ pub(super) struct Mailbox {
     pub(super) finished: bool,
 }
 
-/// Sends log entries and counts them, for the end marker.
-pub(super) struct Log {
-    outbox: Arc<Outbox>,
-    pub(super) inputs: AtomicU64,
-    pub(super) disk: AtomicU64,
-    /// Must know what is changed.
-    pub(super) audit: DiskAudit,
-}
-
-impl LogSink for Log {
-    fn input_frame(&self, epoch: u64, nic: u16, data: &[u8]) -> u64 {
-        self.inputs.fetch_add(1, Ordering::Relaxed);
-        self.outbox.post([frame::input_frame(epoch, nic, data)])
-    }
-
-    fn disk_change(&self, epoch: u64, disk: u16, change: DiskChange) -> u64 {
-        self.audit.changed(disk, &change);
-        let frames = frame::disk_change(epoch, disk, change);
-        self.disk.fetch_add(frames.len() as u64, Ordering::Relaxed);
-        self.outbox.post(frames)
-    }
-}
-
 /// The interposer stops device workers a little later than the core stops the guest.
 pub(super) fn interposer_bound(limits: &FtLimits) -> u64 {
     u64::from(limits.max_lag_mib) << 20
@@ -132,6 +111,7 @@ pub struct Session {
     ended: Condvar,
     /// Outputs leave in order: whoever takes them out of the interposer holds this until they have left.
     pub(super) releasing: Mutex<()>,
+    pub(super) disks: Disks,
     /// The guest is not slowed down any more. Held while it is slowed down.
     alone: Mutex<bool>,
     pub(super) metrics: Mutex<Metrics>,
@@ -145,12 +125,7 @@ impl Session {
     pub(super) fn new(machine: Arc<dyn Protected>, parts: SessionParts) -> Arc<Self> {
         Arc::new_cyclic(|weak: &std::sync::Weak<Self>| {
             let outbox = Arc::new(parts.outbox);
-            let log = Arc::new(Log {
-                outbox: outbox.clone(),
-                inputs: AtomicU64::new(0),
-                disk: AtomicU64::new(0),
-                audit: DiskAudit::new(&parts.identity),
-            });
+            let log = Arc::new(Log::new(outbox.clone(), DiskAudit::new(&parts.identity)));
             let session = weak.clone();
             let waker = Arc::new(move || {
                 if let Some(session) = session.upgrade() {
@@ -159,7 +134,11 @@ impl Session {
             });
             let interposer = Interposer::new(1, interposer_bound(&parts.limits), log.clone(), waker);
             let now = parts.clock.now();
-            let core = PrimaryState::new(parts.generation, (&parts.limits).into(), MAX_IN_FLIGHT, now);
+            let mut core = PrimaryState::new(parts.generation, (&parts.limits).into(), MAX_IN_FLIGHT, now);
+            let disks = Disks::new(&parts.identity);
+            if disks.any() {
+                core = core.with_shared_disks(parts.durability == FtDurability::DiskOfBoth);
+            }
             let session = Self {
                 machine,
                 identity: parts.identity,
@@ -190,6 +169,7 @@ impl Session {
                 changed: Condvar::new(),
                 ended: Condvar::new(),
                 releasing: Mutex::new(()),
+                disks,
                 alone: Mutex::new(false),
                 metrics: Mutex::default(),
                 quit: AtomicBool::new(false),
@@ -237,10 +217,15 @@ impl Session {
         }
     }
 
+    pub(super) fn is_finished(&self) -> bool {
+        lock(&self.mailbox).finished
+    }
+
     pub(super) fn finish(&self) {
         self.log.audit.close();
         lock(&self.mailbox).finished = true;
         self.ended.notify_all();
+        self.disks.wake();
     }
 
     /// All threads are to end.
@@ -252,6 +237,7 @@ impl Session {
         drop(lock(&self.mailbox));
         self.changed.notify_all();
         self.ended.notify_all();
+        self.disks.wake();
     }
 
     /// Called with the core locked, so that changes are announced in their order.
@@ -291,6 +277,7 @@ impl Session {
             Event::Tick { .. } => self.tick(),
             event => event,
         };
+        core.note_held(self.interposer.unwritten());
         let actions = core.step(event, self.clock.now());
         self.announce(&core);
         drop(core);
@@ -328,8 +315,16 @@ impl Session {
         match action {
             Action::Release(epoch) => self.release(epoch),
             Action::Send(ToBackup::Disarm(reason)) => drop(self.outbox.post(encode(&Frame::Disarm(reason)))),
-            Action::Send(ToBackup::Handover(epoch)) => drop(self.outbox.post(encode(&Frame::Handover(epoch)))),
-            Action::AskArbiter { expected } => self.ask(expected),
+            Action::Send(ToBackup::Handover(epoch)) => {
+                // The guest stands still and everything is written: the backup needs the locks now.
+                self.yield_disks(|core| !core.is_over());
+                self.outbox.post(encode(&Frame::Handover(epoch)));
+            }
+            Action::Write(epoch) => self.disks.may_write(epoch),
+            Action::AskArbiter { expected } => {
+                self.disks.wake();
+                self.ask(expected);
+            }
             Action::Disconnect => self.outbox.close(),
             Action::Throttle(_) => self.throttle(),
             heavy => return Some(heavy),
@@ -374,7 +369,8 @@ impl Session {
             taken.pop_front();
         }
         self.interposer.put_back(taken.into());
-        self.outbox.mark.fetch_max(left, Ordering::AcqRel);
+        self.disks.released.fetch_max(left, Ordering::AcqRel);
+        self.mark();
         drop(order);
         let mut metrics = lock(&self.metrics);
         for (count, age) in ages {

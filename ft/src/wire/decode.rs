@@ -3,7 +3,9 @@
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
-use super::frame::{DISK_FLUSH, DISK_UNMAP, DISK_WRITE, DISK_ZERO, Frame, Kind, OUTPUT_CONSOLE, OUTPUT_FRAME};
+use super::frame::{
+    DISK_CHECK, DISK_FLUSH, DISK_UNMAP, DISK_WRITE, DISK_ZERO, Frame, Kind, OUTPUT_CONSOLE, OUTPUT_FRAME,
+};
 use super::lines::PageLines;
 use super::{DecodeError, MAX_PAYLOAD, MAX_PIECE, header};
 use crate::audit::{ChunkSum, Mismatch, PageSum};
@@ -183,6 +185,11 @@ fn disk(payload: Vec<u8>) -> Result<Frame, DecodeError> {
             unmap: what == DISK_UNMAP,
         },
         DISK_FLUSH if left == 0 => DiskChange::Flush,
+        DISK_CHECK if left == 4 && len <= MAX_PIECE as u64 => DiskChange::Check {
+            offset,
+            len,
+            crc: prefix.u32()?,
+        },
         _ => return Err(bad(kind, "is of no known kind, or has a wrong length")),
     };
     Ok(Frame::Disk { epoch, disk, change })

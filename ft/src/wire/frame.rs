@@ -406,6 +406,9 @@ pub fn disk_change(epoch: u64, disk: u16, change: DiskChange) -> Vec<OutFrame<'s
             )]
         }
         DiskChange::Flush => vec![frame(head(DISK_FLUSH, 0, 0), Vec::new())],
+        DiskChange::Check { offset, len, crc } => {
+            vec![frame(head(DISK_CHECK, offset, len), crc.to_le_bytes().to_vec())]
+        }
     }
 }
 
@@ -413,6 +416,7 @@ pub(super) const DISK_WRITE: u8 = 0;
 pub(super) const DISK_ZERO: u8 = 1;
 pub(super) const DISK_UNMAP: u8 = 2;
 pub(super) const DISK_FLUSH: u8 = 3;
+pub(super) const DISK_CHECK: u8 = 4;
 
 /// The saved state, in pieces.
 pub fn state(epoch: u64, data: &[u8]) -> Vec<OutFrame<'_>> {

@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::{FtAudit, FtDurability, FtLimits};
 use crate::copies::CopyClaim;
-use crate::machine::{Identity, Refusal};
+use crate::machine::{DiskIdentity, Identity, Refusal};
 use crate::reprotect::Reprotect;
 
 /// First frame of the primary.
@@ -104,12 +104,19 @@ pub fn compare(offered: &Identity, ours: &Identity) -> Result<(), Refusal> {
             bytes(theirs.size),
             bytes(mine.size),
         );
-        let access = |readonly: bool| if readonly { "read-only" } else { "writable" }.to_string();
+        let access = |disk: &DiskIdentity| {
+            let access = match disk {
+                DiskIdentity { readonly: true, .. } => "read-only",
+                DiskIdentity { shared: Some(_), .. } => "shared",
+                _ => "replicated",
+            };
+            access.to_string()
+        };
         differ(
             "disks_mismatch",
             &format!("disk {}", theirs.id),
-            access(theirs.readonly),
-            access(mine.readonly),
+            access(theirs),
+            access(mine),
         );
     }
     let Some((code, _)) = found.first() else { return Ok(()) };
@@ -157,7 +164,6 @@ fn features(offered: &Identity, ours: &Identity) -> (String, String) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::machine::DiskIdentity;
 
     fn identity() -> Identity {
         Identity {
@@ -172,6 +178,7 @@ mod tests {
                 id: "_disk0".into(),
                 size: 1 << 20,
                 readonly: false,
+                shared: None,
             }],
             nics: 1,
         }

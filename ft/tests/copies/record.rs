@@ -52,7 +52,7 @@ fn r3_a_damaged_or_cut_record_is_no_proof() {
         std::fs::write(&path, &bad).unwrap();
         let claim = host.shadow().claim();
         // A bit of the unused rest of the header says nothing.
-        let used = at < 16 || at >= 4080 || good[at..4080].iter().any(|b| *b != 0);
+        let used = !(16..4080).contains(&at) || good[at..4080].iter().any(|b| *b != 0);
         assert_eq!(matches!(claim, CopyClaim::Unknown(_)), used, "bit in byte {at}");
     }
     for len in [1, 15, 100, 4095, 4096, good.len() - 1] {

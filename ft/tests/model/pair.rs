@@ -368,7 +368,8 @@ impl Pair {
         for action in self.p.step(event, self.time()) {
             match action {
                 primary::Action::Checkpoint => self.taking = true,
-                primary::Action::Resume | primary::Action::Throttle(_) => {}
+                // There is no shared disk.
+                primary::Action::Resume | primary::Action::Throttle(_) | primary::Action::Write(_) => {}
                 primary::Action::Release(epoch) => {
                     self.leaving = Some(epoch);
                     // Only a process that may be stopped in between takes its time.

@@ -190,6 +190,7 @@ impl Bed {
             insecure: false,
             tls: None,
             durability: FtDurability::default(),
+            shared_disks: Vec::new(),
             audit: FtAudit::default(),
             limits: limits(),
             auto_reprotect: false,
@@ -243,6 +244,15 @@ impl Bed {
             self.relay = Relay::new(&backup.address());
         }
         self.backup = Some(backup);
+    }
+
+    /// The two sides hear nothing more of each other: at once, or by silence.
+    pub fn part(&self, silently: bool) {
+        if silently {
+            self.relay.stall(true)
+        } else {
+            self.relay.cut()
+        }
     }
 
     pub fn wait_primary(&self, state: FtState) {

@@ -1,6 +1,7 @@
 //! A VM over plain byte arrays: RAM, disks, devices that call the interposer, and a complete history of checkpoints.
 
 use std::collections::BTreeSet;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 
@@ -9,6 +10,8 @@ use ft::interposer::Interposer;
 use ft::machine::*;
 
 use crate::image::Image;
+
+use crate::san::{DISK, San};
 
 pub const PAGE: usize = PAGE_SIZE;
 pub const BLOCK: u64 = 4096;
@@ -30,6 +33,9 @@ struct Gate {
 
 pub struct FakeVm {
     pub identity: Identity,
+    /// Its name at the shared disk.
+    pub number: u64,
+    pub san: Mutex<Option<Arc<San>>>,
     pub contents: Mutex<Contents>,
     gate: Mutex<Gate>,
     moved: Condvar,
@@ -69,11 +75,13 @@ pub fn identity(id: &str) -> Identity {
                 id: "_disk0".into(),
                 size: 64 * BLOCK,
                 readonly: false,
+                shared: None,
             },
             DiskIdentity {
                 id: "_disk1".into(),
                 size: 8 * BLOCK,
                 readonly: true,
+                shared: None,
             },
         ],
         nics: 2,
@@ -96,8 +104,11 @@ impl FakeVm {
 
     pub fn with(identity: Identity, contents: Contents) -> Arc<Self> {
         let blocks = identity.disks.iter().map(|_| BTreeSet::new()).collect();
+        static NUMBER: AtomicU64 = AtomicU64::new(0);
         Arc::new(Self {
             identity,
+            number: NUMBER.fetch_add(1, Ordering::Relaxed),
+            san: Mutex::default(),
             contents: Mutex::new(contents),
             gate: Mutex::default(),
             moved: Condvar::new(),
@@ -113,6 +124,55 @@ impl FakeVm {
             image: Mutex::default(),
             slow_release: Mutex::default(),
         })
+    }
+
+    /// With a disk that other hosts see, too, and whose content is there already.
+    pub fn on(identity: Identity, san: &Arc<San>) -> Arc<Self> {
+        let vm = Self::new(identity);
+        lock(&vm.contents).disks[usize::from(DISK)] = san.bytes();
+        *lock(&vm.san) = Some(san.clone());
+        vm
+    }
+
+    pub fn san(&self) -> Option<Arc<San>> {
+        lock(&self.san).clone()
+    }
+
+    /// What is stuck on the way to it is lost.
+    pub fn forget_san(&self) {
+        *lock(&self.san) = None;
+    }
+
+    fn change_shared(&self, change: &DiskChange) -> bool {
+        self.run(|vm| {
+            let (offset, len) = change.range();
+            let range = offset as usize..(offset + len) as usize;
+            match change {
+                DiskChange::Write { data, .. } => {
+                    lock(&vm.contents).disks[usize::from(DISK)][range].copy_from_slice(data);
+                }
+                _ => lock(&vm.contents).disks[usize::from(DISK)][range].fill(0),
+            }
+            match lock(&vm.interposer).clone() {
+                Some(i) => i.hold_disk(DISK, change.clone()),
+                None => vm.san().unwrap().carry_out(vm.number, change).unwrap(),
+            }
+        })
+        .is_some()
+    }
+
+    pub fn write_shared_disk(&self, offset: u64, data: &[u8]) -> bool {
+        let data = data.to_vec();
+        self.change_shared(&DiskChange::Write { offset, data })
+    }
+
+    pub fn zero_shared_disk(&self, offset: u64, len: u64) -> bool {
+        let unmap = true;
+        self.change_shared(&DiskChange::Zero { offset, len, unmap })
+    }
+
+    pub fn flush_shared_disk(&self) -> bool {
+        self.change_shared(&DiskChange::Flush)
     }
 
     pub fn offset(&self, gpa: u64, len: usize) -> Result<usize, MachineError> {
@@ -422,6 +482,25 @@ impl Protected for FakeVm {
         lock(&self.wire).extend(outputs);
         let pause = *lock(&self.slow_release);
         std::thread::sleep(pause);
+    }
+
+    fn write_shared(&self, _disk: u16, change: &DiskChange) -> Result<(), MachineError> {
+        let Some(san) = self.san() else {
+            return Err(MachineError("the disk is closed".into()));
+        };
+        san.wait();
+        match self.san() {
+            Some(san) => san.carry_out(self.number, change),
+            None => Ok(()),
+        }
+    }
+
+    fn yield_disks(&self) {
+        self.san().iter().for_each(|san| san.give_back(self.number));
+    }
+
+    fn claim_disks(&self) -> Result<Option<String>, MachineError> {
+        Ok(self.san().and_then(|san| san.claim(self.number)))
     }
 
     fn throttle(&self, run_percent: u8) {

@@ -9,6 +9,7 @@ use ft::wire::lines::LINE;
 
 use crate::fake::{FakeVm, lock};
 use crate::image::ShadowImage;
+use crate::san::{DISK, San};
 
 /// Builds shadows; keeps the VMs that takeovers made.
 pub struct FakeHost {
@@ -26,6 +27,8 @@ pub struct FakeHost {
     /// The disk's eighth byte is not what is written there.
     pub stuck_disk: Mutex<bool>,
     pub slow_apply: Arc<Mutex<Duration>>,
+    /// The disk that the primary sees too.
+    pub san: Mutex<Option<Arc<San>>>,
     /// Disks that were flushed.
     pub flushes: Mutex<Vec<u16>>,
 }
@@ -43,6 +46,7 @@ impl FakeHost {
             fail_apply: Arc::default(),
             stuck_disk: Mutex::default(),
             slow_apply: Arc::default(),
+            san: Mutex::default(),
             flushes: Mutex::default(),
         })
     }
@@ -65,6 +69,7 @@ impl ShadowHost for HostRef {
         let identity = lock(&self.0.identity).clone().unwrap_or_else(|| offered.clone());
         let vm = FakeVm::new(identity);
         lock(&vm.contents).disks[0].fill(*lock(&self.0.old_disk));
+        *lock(&vm.san) = lock(&self.0.san).clone();
         let open = |path: &std::path::PathBuf| {
             let bytes = &mut lock(&vm.contents).disks[0];
             ShadowImage::open(path, &vm.identity, bytes)
@@ -122,6 +127,9 @@ impl Shadow for FakeShadow {
         if *lock(&self.host.fail_apply) {
             return Err(MachineError("the backup's disk is full".into()));
         }
+        if let (DISK, Some(san)) = (disk, self.vm.san()) {
+            return san.carry_out(self.vm.number, change);
+        }
         if let Some(image) = &mut self.image {
             image.change(change);
         }
@@ -131,6 +139,7 @@ impl Shadow for FakeShadow {
             DiskChange::Write { offset, data } => bytes[*offset as usize..][..data.len()].copy_from_slice(data),
             DiskChange::Zero { offset, len, .. } => bytes[*offset as usize..][..*len as usize].fill(0),
             DiskChange::Flush => self.host.flushes.lock().unwrap().push(disk),
+            DiskChange::Check { .. } => return Err(MachineError(format!("disk {disk} is not shared"))),
         }
         if *lock(&self.host.stuck_disk) {
             bytes[7] = 0xee;
@@ -138,8 +147,16 @@ impl Shadow for FakeShadow {
         Ok(())
     }
 
+    fn claim_disks(&mut self) -> Result<Option<String>, MachineError> {
+        Ok(self.vm.san().and_then(|san| san.claim(self.vm.number)))
+    }
+
     fn activate(self: Box<Self>, takeover: Takeover) -> Result<Arc<dyn Protected>, MachineError> {
+        if let Some(san) = self.vm.san() {
+            lock(&self.vm.contents).disks[usize::from(DISK)] = san.bytes();
+        }
         if *lock(&self.host.fail_activation) {
+            self.vm.yield_disks();
             return Err(MachineError("no more vCPUs on this host".into()));
         }
         lock(&self.vm.contents).counter = u64::from_le_bytes(takeover.state[..].try_into().unwrap());

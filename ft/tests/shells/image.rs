@@ -24,15 +24,7 @@ fn write(file: &File, change: &DiskChange) {
     match change {
         DiskChange::Write { offset, data } => file.write_all_at(data, *offset).unwrap(),
         DiskChange::Zero { offset, len, .. } => file.write_all_at(&vec![0; *len as usize], *offset).unwrap(),
-        DiskChange::Flush => {}
-    }
-}
-
-fn range(change: &DiskChange) -> (u64, u64) {
-    match change {
-        DiskChange::Write { offset, data } => (*offset, data.len() as u64),
-        DiskChange::Zero { offset, len, .. } => (*offset, *len),
-        DiskChange::Flush => (0, 0),
+        DiskChange::Flush | DiskChange::Check { .. } => {}
     }
 }
 
@@ -53,7 +45,7 @@ impl Image {
     }
 
     pub fn change(&self, change: &DiskChange) {
-        let (offset, len) = range(change);
+        let (offset, len) = change.range();
         self.history.mark(offset, len);
         write(&self.file, change);
     }
@@ -100,7 +92,7 @@ impl ShadowImage {
     }
 
     pub fn change(&mut self, change: &DiskChange) {
-        let (offset, len) = range(change);
+        let (offset, len) = change.range();
         self.copy.before_write(offset, len);
         write(&self.file, change);
     }

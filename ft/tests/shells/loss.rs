@@ -47,11 +47,7 @@ fn a_lost_primary_is_taken_over_exactly_at_its_last_commit() {
         std::thread::sleep(Duration::from_millis(round * 3));
         // It cannot win, and cannot even ask: as good as dead, but its VM's history can be compared.
         bed.arbiter_reachable("p", false);
-        if round % 2 == 0 {
-            bed.relay.cut()
-        } else {
-            bed.relay.stall(true)
-        }
+        bed.part(round % 2 == 1);
         bed.wait_backup(FtState::Solo);
         bed.wait_primary(FtState::WaitingForArbiter);
         check_outside(&bed);
@@ -130,11 +126,7 @@ fn a_primary_that_loses_its_backup_goes_solo_by_the_arbiter() {
         let mut bed = Bed::new(FakeVm::new(identity("vm")));
         let (quit, guest) = busy_bed(&mut bed);
         bed.arbiter_reachable("b", false);
-        if silent {
-            bed.relay.stall(true)
-        } else {
-            bed.relay.cut()
-        }
+        bed.part(silent);
         bed.wait_primary(FtState::Solo);
         bed.wait_backup(FtState::WaitingForArbiter);
         assert!(bed.backup().disable().is_err());

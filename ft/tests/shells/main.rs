@@ -18,7 +18,9 @@ mod image;
 mod loss;
 mod normal;
 mod refusal;
+mod san;
 mod secure;
+mod shared;
 #[cfg(feature = "etcd")]
 #[path = "../etcd/tls.rs"]
 #[allow(dead_code)]

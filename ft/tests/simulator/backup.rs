@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, VecDeque};
 use ft::core::backup::{Action, BackupState, Event, FromPrimary, ToPrimary};
 use ft::core::ms;
 use ft::core::staging::{StagedEpoch, Staging};
-use ft::machine::{DiskChange, DiskIdentity, Identity, Input, Output, PAGE_SIZE};
+use ft::machine::{DiskChange, DiskIdentity, Identity, Input, Output, PAGE_SIZE, SharedDisk};
 use ft::wire::frame::{EndMarker, Frame};
 
 use crate::audit::Flip;
@@ -26,8 +26,8 @@ pub struct BackupSide {
     pub slow_until: u64,
     queue: VecDeque<(u64, StagedEpoch)>,
     applying: bool,
-    /// State and outputs of whole epochs.
-    checkpoints: BTreeMap<u64, (u64, Vec<u64>)>,
+    /// State, outputs and changes of the shared disk of whole epochs.
+    checkpoints: BTreeMap<u64, (u64, Vec<u64>, Vec<(u16, DiskChange)>)>,
     /// The last epoch that came whole: the truth for R1.
     pub whole: u64,
     /// Inputs as they came.
@@ -37,6 +37,8 @@ pub struct BackupSide {
     heard: u64,
     pub connected: bool,
     pub live: bool,
+    /// It has the lock of the shared disk.
+    pub locked: bool,
     /// Live: the last output that the VM remembers.
     pub outputs: u64,
     /// It can never become the VM.
@@ -56,11 +58,14 @@ fn identity() -> Identity {
         vcpus: 1,
         cpu_features: Vec::new(),
         tsc_khz: 0,
-        disks: vec![DiskIdentity {
-            id: "d".into(),
-            size: BLOCKS as u64 * BLOCK,
-            readonly: false,
-        }],
+        disks: [None, Some(SharedDisk { lock_gap: None })]
+            .map(|shared| DiskIdentity {
+                id: "d".into(),
+                size: BLOCKS as u64 * BLOCK,
+                readonly: false,
+                shared,
+            })
+            .to_vec(),
         nics: 1,
     }
 }
@@ -86,6 +91,7 @@ impl BackupSide {
             heard: now,
             connected: true,
             live: false,
+            locked: false,
             outputs: 0,
             out: false,
             fail_apply: false,
@@ -176,7 +182,8 @@ impl World {
                 } else {
                     0
                 };
-                self.s.b.checkpoints.insert(epoch, (state, outputs));
+                let shared = self.s.b.staging.take_shared(&mut staged);
+                self.s.b.checkpoints.insert(epoch, (state, outputs, shared));
                 if self.bug == Some(Bug::DiskOutOfOrder) {
                     staged.disk.reverse();
                 }
@@ -267,11 +274,17 @@ impl World {
         if !self.s.b.alive {
             return;
         }
+        if self.shared {
+            if !self.backup_claims() {
+                return self.schedule(ms(10), Ev::Activated(epoch));
+            }
+            self.write_again(epoch);
+        }
         if self.s.b.fail_activation {
-            self.s.b.out = true;
+            (self.s.b.out, self.s.b.locked) = (true, false);
             return self.backup_step(Event::ActivationFailed("no vCPUs".into()));
         }
-        let Some((state, _)) = self.s.b.checkpoints.get(&epoch) else {
+        let Some((state, ..)) = self.s.b.checkpoints.get(&epoch) else {
             return self.violated("R2", format!("no state of epoch {epoch}"));
         };
         self.s.b.shadow.state = *state;
@@ -297,10 +310,11 @@ impl World {
             .checkpoints
             .range(..=epoch)
             .filter(|(e, _)| **e > mark)
-            .flat_map(|(_, (_, ids))| ids.clone())
+            .flat_map(|(_, (_, ids, _))| ids.clone())
             .collect();
         self.count("inputs again", inputs.len() as u64);
         self.count("outputs again", again.len() as u64);
+        self.s.b.shadow.shared = self.san.seen;
         self.check_flips();
         self.check_takeover(epoch, &inputs, &again);
         let known = self.s.made.iter().filter(|(_, made)| made.epoch <= epoch);
@@ -308,6 +322,24 @@ impl World {
         self.s.b.live = true;
         self.backup_step(Event::Activated);
         self.runs_alone();
+    }
+
+    /// What the primary may not have written, or not flushed.
+    fn write_again(&mut self, epoch: u64) {
+        let mark = match self.bug {
+            Some(Bug::ForgetSharedWrites) => u64::MAX,
+            _ => self.s.b.mark,
+        };
+        let later = self.s.b.checkpoints.range(..=epoch).filter(|(e, _)| **e > mark);
+        let changes: Vec<DiskChange> = later
+            .flat_map(|(_, (.., changes))| changes.iter().map(|(_, change)| change.clone()))
+            .collect();
+        for change in changes {
+            if let DiskChange::Write { offset, data } = change {
+                self.count("changes of the shared disk again", 1);
+                self.san.seen[(offset / BLOCK) as usize] = number(&data);
+            }
+        }
     }
 
     pub fn backup_pulse(&mut self) {

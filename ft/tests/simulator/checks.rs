@@ -26,6 +26,18 @@ impl World {
         }
     }
 
+    /// The primary's write reaches the shared disk.
+    pub fn check_write(&mut self, epoch: u64) {
+        let whole = self.s.b.whole;
+        if whole < epoch {
+            let what = format!("a write of epoch {epoch} reached the shared disk, the backup has epoch {whole}");
+            self.violated("R1", what);
+        }
+        if self.s.b.live || self.s.b.locked {
+            self.violated("R4", format!("a late write of epoch {epoch} reached the shared disk"));
+        }
+    }
+
     /// R5: from now on outsiders know of the flushes before this output. If both hosts lost their power now, the backup's
     /// disk would have to have every write before them, or a later one in its place.
     fn check_durable(&mut self, id: u64) {
@@ -34,16 +46,13 @@ impl World {
             return;
         };
         self.count("flushes that outsiders learnt of", 1);
-        let there = self
-            .s
-            .b
-            .platter
-            .map(|value| self.s.p.writes.get(&value).copied().unwrap_or(0));
-        if there.iter().zip(flushed).any(|(there, flushed)| *there < flushed) {
-            self.violated(
-                "R5",
-                format!("output {id} left, flush {flushes} needs writes {flushed:?}, the backup's disk has {there:?}"),
-            );
+        let disks = [self.s.b.platter, self.san.flushed];
+        for (flushed, disk) in flushed.into_iter().zip(disks) {
+            let there = disk.map(|value| self.s.p.writes.get(&value).copied().unwrap_or(0));
+            if there.iter().zip(flushed).any(|(there, flushed)| *there < flushed) {
+                let needs = format!("flush {flushes} needs writes {flushed:?}, the disk has {there:?}");
+                self.violated("R5", format!("output {id} left, {needs}"));
+            }
         }
     }
 
@@ -100,6 +109,13 @@ impl World {
                     "disk {:x?}, at checkpoint {epoch} it was {:x?}",
                     shadow.disk, expected.disk
                 ),
+            );
+        }
+        if self.shared && shadow.shared != expected.shared {
+            let (is, was) = (shadow.shared, expected.shared);
+            self.violated(
+                "R3",
+                format!("shared disk {is:x?}, at checkpoint {epoch} it was {was:x?}"),
             );
         }
         if (shadow.ram, shadow.state) != (expected.ram, expected.state) {
@@ -181,6 +197,16 @@ impl World {
                 self.violated(
                     "liveness",
                     "the primary runs alone, and is paused or holds outputs".into(),
+                );
+            }
+            if primary
+                && self.s.p.alone
+                && self.shared
+                && (!self.s.p.writer.locked || self.s.p.guest.shared != self.san.seen)
+            {
+                self.violated(
+                    "R3",
+                    "the primary runs alone, and the shared disk is not its guest's".into(),
                 );
             }
             if let Some(why) = self.still_waits() {

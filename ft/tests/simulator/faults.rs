@@ -176,6 +176,13 @@ impl World {
         std::mem::take(alive)
     }
 
+    fn disk_let_go(&mut self, side: Side, power_cut: bool) {
+        match side {
+            Side::Primary => self.primary_let_go(power_cut),
+            Side::Backup => self.s.b.locked = false,
+        }
+    }
+
     pub fn strike(&mut self, fault: Fault) {
         self.note(|| format!("{fault:?}"));
         self.count(fault.name(), 1);
@@ -183,6 +190,7 @@ impl World {
             Fault::Crash(side) => {
                 if self.dies(side) {
                     self.end_of(side);
+                    self.disk_let_go(side, false);
                 }
             }
             Fault::CrashAfter(side, actions) => self.s.crash_after[index(side)] = Some(actions),
@@ -190,6 +198,7 @@ impl World {
                 if self.dies(side) {
                     let keep = self.random();
                     self.s.streams[index(side)].cut(keep);
+                    self.disk_let_go(side, true);
                 }
             }
             Fault::Break => {

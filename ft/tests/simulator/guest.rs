@@ -10,6 +10,8 @@ pub const BLOCK: u64 = 512;
 pub struct Guest {
     pub ram: [u64; PAGES],
     pub disk: [u64; BLOCKS],
+    /// The shared disk as the guest sees it.
+    pub shared: [u64; BLOCKS],
     /// Depends on everything that ever happened in it.
     pub state: u64,
 }

@@ -15,6 +15,7 @@ mod checks;
 mod faults;
 mod guest;
 mod primary;
+mod san;
 mod session;
 mod stream;
 mod world;
@@ -132,6 +133,10 @@ fn the_seeds_reach_every_kind_of_end() {
         "flushes that outsiders learnt of",
         "damaged frames found",
         "outputs taken back",
+        "epochs on the shared disk",
+        "changes of the shared disk again",
+        "stopped while writes are under way",
+        "waits for the lock",
         "nobody could go on",
         "fault: crash in a step",
         "fault: power cut",
@@ -156,14 +161,15 @@ fn the_seeds_reach_every_kind_of_end() {
 /// The checker must catch what it is there for.
 #[test]
 fn injected_bugs_are_caught() {
-    let bugs: [(Bug, &[&str]); 20] = [
+    let bugs: [(Bug, &[&str]); 25] = [
         (Bug::ReleaseBeforeCommit, &["R1"]),
         (Bug::AckBeforeWhole, &["R2"]),
         // Of a backup that is to have flushes on disk, too.
         (Bug::ActivateBeforeApplied, &["R3", "R5"]),
         (Bug::DiskOutOfOrder, &["R3", "R5"]),
         (Bug::SoloWithoutAnswer, &["R4"]),
-        (Bug::LiveWithoutAsking, &["R4"]),
+        // With a shared disk it waits for the lock of a primary that lives on.
+        (Bug::LiveWithoutAsking, &["R4", "liveness"]),
         (Bug::ReleaseWithoutLease, &["R4"]),
         (Bug::InputsOutOfOrder, &["R8"]),
         (Bug::LoseCommittedOutputs, &["R1"]),
@@ -176,6 +182,11 @@ fn injected_bugs_are_caught() {
         (Bug::Impatient, &["R4"]),
         (Bug::StaleGeneration, &["liveness"]),
         (Bug::WrongGeneration, &["liveness"]),
+        (Bug::WriteBeforeCommit, &["R1"]),
+        (Bug::ForgetSharedWrites, &["R3"]),
+        (Bug::MarkBeforeFlush, &["R3", "R5"]),
+        (Bug::FirstWithoutFlush, &["R3"]),
+        (Bug::TakeWithoutLock, &["R4"]),
         (Bug::DamageIsForgotten, &["R6"]),
         (Bug::RepairIsForgotten, &["liveness"]),
         (Bug::AckDamaged, &["R2"]),

@@ -10,6 +10,7 @@ use ft::wire::frame::{EndMarker, Frame};
 
 use crate::audit::Sums;
 use crate::guest::{BLOCK, BLOCKS, Guest, PAGES, page};
+use crate::san::{Change, SHARED, Writer};
 use crate::stream::{Got, Message};
 use crate::world::{Bug, Ev, Side, World, index};
 
@@ -33,6 +34,7 @@ pub struct PrimarySide {
     pub epoch: u64,
     dirty: [bool; PAGES],
     pub held: BTreeMap<u64, Vec<u64>>,
+    pub writer: Writer,
     /// Outputs on their way out, with their epochs, and the epoch up to which they are released.
     leaving: VecDeque<(u64, u64)>,
     through: u64,
@@ -48,8 +50,9 @@ pub struct PrimarySide {
     /// Number of each value that was ever written to the disk.
     pub writes: BTreeMap<u64, u64>,
     last_write: [u64; BLOCKS],
-    /// The newest write of each block, at each flush.
-    pub flushed: Vec<[u64; BLOCKS]>,
+    last_shared: [u64; BLOCKS],
+    /// The newest write of each block, of its own and of the shared disk, at each flush.
+    pub flushed: Vec<[[u64; BLOCKS]; 2]>,
     /// The last output.
     pub next: u64,
     heard: u64,
@@ -84,6 +87,7 @@ impl PrimarySide {
             epoch: 1,
             dirty: [false; PAGES],
             held: BTreeMap::new(),
+            writer: Writer::default(),
             leaving: VecDeque::new(),
             through: 0,
             left: 0,
@@ -93,6 +97,7 @@ impl PrimarySide {
             history: BTreeMap::new(),
             writes: BTreeMap::new(),
             last_write: [0; BLOCKS],
+            last_shared: [0; BLOCKS],
             flushed: Vec::new(),
             next: before,
             heard: now,
@@ -108,6 +113,14 @@ impl PrimarySide {
     pub fn drop_outputs(&mut self) {
         self.held.clear();
         self.leaving.clear();
+        self.writer.held.clear();
+    }
+
+    fn writes_shared(&mut self, block: usize, value: u64) {
+        let number = self.writes.len() as u64 + 1;
+        self.writes.insert(value, number);
+        self.last_shared[block] = number;
+        self.guest.shared[block] = value;
     }
 
     fn writes(&mut self, block: usize, value: u64) {
@@ -124,7 +137,8 @@ impl World {
             return;
         }
         let arrives = self.now + self.network_delay();
-        let (mark, stamp) = (self.s.p.left, self.clock(Side::Primary));
+        let written = if self.shared { self.s.p.writer.written } else { u64::MAX };
+        let (mark, stamp) = (self.s.p.left.min(written), self.clock(Side::Primary));
         self.s.streams[0].send(Message::new(arrives, mark, stamp, frame));
         self.at(arrives, Ev::Arrival(Side::Backup));
     }
@@ -145,7 +159,7 @@ impl World {
         for i in 0..BLOCKS {
             let value = self.s.p.guest.disk[i];
             self.s.p.writes(i, value);
-            self.send_to_backup(disk_frame(0, i, value));
+            self.send_to_backup(disk_frame(0, 0, i, value));
         }
         if self.s.p.core.begin_first_checkpoint() {
             self.s.p.paused = true;
@@ -171,12 +185,24 @@ impl World {
                 self.s.p.guest.ram[i] = if value >> 60 == 0 { 0 } else { value };
                 self.s.p.dirty[i] = true;
             }
+            2 | 3 if self.shared && value >> 40 & 1 == 0 => {
+                let block = (value >> 8) as usize % BLOCKS;
+                self.s.p.writes_shared(block, value);
+                if self.s.p.alone {
+                    self.san.seen[block] = value;
+                } else {
+                    let epoch = self.s.p.epoch;
+                    self.s.p.logged.0 += 1;
+                    self.s.p.writer.held.push_back(Change { epoch, block, value });
+                    self.send_to_backup(disk_frame(epoch, SHARED, block, value));
+                }
+            }
             2 | 3 => {
                 let i = (value >> 8) as usize % BLOCKS;
                 self.s.p.writes(i, value);
                 if !self.s.p.alone {
                     self.s.p.logged.0 += 1;
-                    self.send_to_backup(disk_frame(self.s.p.epoch, i, value));
+                    self.send_to_backup(disk_frame(self.s.p.epoch, 0, i, value));
                 }
             }
             4 => {
@@ -195,15 +221,22 @@ impl World {
             }
             5 => {
                 // The primary's own disk has it before the guest goes on.
-                let flushed = self.s.p.last_write;
+                let flushed = [self.s.p.last_write, self.s.p.last_shared];
                 self.s.p.flushed.push(flushed);
-                if !self.s.p.alone {
+                let disks = match (self.s.p.alone, self.shared) {
+                    (true, _) => 0,
+                    (false, shared) => 1 + u16::from(shared),
+                };
+                for disk in 0..disks {
                     self.s.p.logged.0 += 1;
                     self.send_to_backup(Frame::Disk {
                         epoch: self.s.p.epoch,
-                        disk: 0,
+                        disk,
                         change: DiskChange::Flush,
                     });
+                }
+                if self.s.p.alone {
+                    self.san.flushed = self.san.seen;
                 }
             }
             _ => {
@@ -228,6 +261,10 @@ impl World {
         let epoch = self.s.p.epoch;
         self.s.p.epoch += 1;
         self.s.p.history.insert(epoch, self.s.p.guest.clone());
+        // Before the first end marker: it is what the backup would find.
+        if epoch == 1 && self.bug != Some(Bug::FirstWithoutFlush) {
+            self.san.flushed = self.san.seen;
+        }
         let repairs = std::mem::take(&mut self.s.p.repairs);
         for word in &repairs {
             match word.checked_sub(PAGES) {
@@ -236,7 +273,7 @@ impl World {
                 Some(block) => {
                     self.s.p.logged.0 += 1;
                     let value = self.s.p.guest.disk[block];
-                    self.send_to_backup(disk_frame(epoch, block, value));
+                    self.send_to_backup(disk_frame(epoch, 0, block, value));
                 }
             }
         }
@@ -255,6 +292,9 @@ impl World {
         if self.bug == Some(Bug::ReleaseBeforeCommit) {
             self.release(epoch);
             self.primary_works();
+        }
+        if self.bug == Some(Bug::WriteBeforeCommit) && self.shared {
+            self.may_write(epoch);
         }
         if !self.s.p.core.sends() {
             return;
@@ -324,6 +364,8 @@ impl World {
         }
         let now = self.clock(Side::Primary);
         let before = self.s.p.core.status();
+        let held = 100 * self.s.p.writer.held.len() as u64;
+        self.s.p.core.note_held(held);
         let actions = self.s.p.core.step(event.clone(), now);
         let after = self.s.p.core.status();
         if before.state != after.state {
@@ -395,12 +437,19 @@ impl World {
             Action::Resume => self.s.p.paused = false,
             Action::Release(epoch) => self.release(epoch),
             Action::Throttle(_) => {}
+            Action::Write(epoch) => self.may_write(epoch),
             Action::Send(ToBackup::Disarm(reason)) => {
                 self.s.p.disarmed = true;
                 self.send_to_backup(Frame::Disarm(reason));
             }
-            Action::Send(ToBackup::Handover(epoch)) => self.send_to_backup(Frame::Handover(epoch)),
-            Action::AskArbiter { expected } => self.ask(Side::Primary, expected),
+            Action::Send(ToBackup::Handover(epoch)) => {
+                self.s.p.writer.locked = false;
+                self.send_to_backup(Frame::Handover(epoch));
+            }
+            Action::AskArbiter { expected } => {
+                self.gives_lock_back();
+                self.ask(Side::Primary, expected);
+            }
             Action::Disconnect => self.disconnect(Side::Primary),
             Action::GoAlone => {
                 self.goes_alone();
@@ -411,6 +460,7 @@ impl World {
                 self.note(|| format!("primary stops: {reason}"));
                 self.s.p.stopped = true;
                 self.s.p.drop_outputs();
+                self.gives_lock_back();
             }
         }
     }
@@ -421,6 +471,7 @@ impl World {
         for id in std::mem::take(&mut self.s.p.held).into_values().flatten() {
             self.outsiders_see(id);
         }
+        self.writes_all();
         (self.s.p.paused, self.s.p.taking) = (false, false);
         self.runs_alone();
     }
@@ -502,12 +553,12 @@ impl World {
     }
 }
 
-fn disk_frame(epoch: u64, block: usize, value: u64) -> Frame {
+fn disk_frame(epoch: u64, disk: u16, block: usize, value: u64) -> Frame {
     let mut data = vec![0; 16];
     data[..8].copy_from_slice(&value.to_le_bytes());
     Frame::Disk {
         epoch,
-        disk: 0,
+        disk,
         change: DiskChange::Write {
             offset: block as u64 * BLOCK,
             data,

@@ -99,6 +99,10 @@ impl World {
         });
         let core = (self.below(4) as usize + 1, self.below(3));
         let mut session = Session::new(base, guest, before, clocks, self.now, core);
+        if self.shared {
+            session.p.core = session.p.core.with_shared_disks(self.durable);
+            session.p.writer.locked = true;
+        }
         session.b.core = session.b.core.with_repair(self.repair);
         self.add_session(session);
         self.schedule(0, Ev::Pulse(Side::Primary));

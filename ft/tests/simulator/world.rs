@@ -9,6 +9,7 @@ use ft::core::ms;
 
 use crate::faults::Fault;
 use crate::guest::{BLOCKS, Guest, PAGES};
+use crate::san::San;
 use crate::session::Session;
 use crate::stream::Got;
 
@@ -39,6 +40,16 @@ pub enum Bug {
     StaleGeneration,
     /// A handover that failed names another generation than the one that was spent.
     WrongGeneration,
+    /// Changes of a shared disk are written when their epoch ends.
+    WriteBeforeCommit,
+    /// A takeover does not write what the primary may not have written.
+    ForgetSharedWrites,
+    /// The backup forgets changes that are not flushed.
+    MarkBeforeFlush,
+    /// What the guest wrote before it was protected is not flushed.
+    FirstWithoutFlush,
+    /// The backup does not wait for the lock of the shared disk.
+    TakeWithoutLock,
     /// The backup forgets what the audit found.
     DamageIsForgotten,
     /// The primary sends nothing anew.
@@ -63,6 +74,9 @@ pub enum Ev {
     Deadline,
     /// The guest does something.
     Guest,
+    /// The primary's writing thread looks what to do; a write reaches the shared disk.
+    Write,
+    Land,
     /// The checkpoint that was begun is taken.
     Taken,
     /// The oldest staged epoch is applied.
@@ -94,8 +108,9 @@ pub const ACTIVE: u64 = ms(900);
 const SETTLED: u64 = ms(8_000);
 /// A backup that never got a whole epoch is more patient.
 const SYNCING: u64 = ms(13_000);
-/// When a pair that is at peace may be left alone: every silence would have been noticed.
-const QUIET: u64 = ms(3_500);
+/// When a pair that is at peace may be left alone: every silence would have been noticed, and a loser of before has
+/// asked an arbiter that it did not reach for long.
+const QUIET: u64 = ms(4_500);
 
 pub struct World {
     pub now: u64,
@@ -118,6 +133,9 @@ pub struct World {
     pub active: u64,
     /// `disk-of-both`.
     pub durable: bool,
+    /// There is a disk that both hosts see.
+    pub shared: bool,
+    pub san: San,
     /// What the audit finds is sent anew.
     pub repair: bool,
     /// All frames go through the real encoder and reader.
@@ -145,6 +163,8 @@ impl World {
             winners: BTreeMap::new(),
             active: 0,
             durable: false,
+            shared: false,
+            san: San::default(),
             repair: false,
             real_wire: false,
             violation: None,
@@ -156,13 +176,16 @@ impl World {
         world.delay = [ms(1) / 10, ms(2), ms(30)][world.below(3) as usize];
         world.durable = world.one_in(2);
         world.real_wire = world.one_in(16);
+        world.shared = world.one_in(2);
         world.repair = !world.one_in(3);
         world.sessions_left = [0, 0, 1, 2][world.below(4) as usize];
         let guest = Guest {
             ram: [(); PAGES].map(|()| world.random()),
             disk: [(); BLOCKS].map(|()| world.random()),
+            shared: [(); BLOCKS].map(|()| world.random()),
             state: 0,
         };
+        world.san.seen = guest.shared;
         world.begin_session(guest, 0);
         world
     }
@@ -266,7 +289,7 @@ impl World {
     fn stalled(&self, event: &Ev) -> Option<u64> {
         let side = match event {
             Ev::Arrival(side) | Ev::Pulse(side) | Ev::Answer(side, _) | Ev::Resume(side) => *side,
-            Ev::Deadline | Ev::Guest | Ev::Taken => Side::Primary,
+            Ev::Deadline | Ev::Guest | Ev::Taken | Ev::Write | Ev::Land => Side::Primary,
             Ev::Applied | Ev::Activated(_) => Side::Backup,
             Ev::Fault(fault) => fault.step_of()?,
             Ev::Ask(..) | Ev::Reprotect => return None,
@@ -343,6 +366,8 @@ impl World {
             Ev::Pulse(side) => self.pulse(side),
             Ev::Deadline => self.primary_tick(),
             Ev::Guest => self.guest_acts(),
+            Ev::Write => self.writes(),
+            Ev::Land => self.lands(),
             Ev::Taken => self.checkpoint_taken(),
             Ev::Applied => self.applied(),
             Ev::Activated(epoch) => self.activated(epoch),

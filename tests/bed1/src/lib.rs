@@ -15,6 +15,7 @@
 //! | [`netns`] | the network; a [`load::dial::Dial`] from the client's namespace |
 //! | [`only`] | `--only` and `--list` of a program |
 //! | [`process`], [`http`] | one VMM process and its API |
+//! | [`images`] | disk images, seen from outside |
 //! | [`pair`] | [`pair::Bed`]: hosts with disks and the arbiter; boot, backup, protect |
 //! | [`loads`] | every load at once, and the checks of what it saw |
 //! | [`failover`] | kills, and the times and gaps around them |
@@ -32,6 +33,7 @@ pub mod chain;
 pub mod cleanup;
 pub mod failover;
 pub mod http;
+pub mod images;
 pub mod loads;
 pub mod netns;
 pub mod only;

@@ -1,6 +1,5 @@
 //! Every load at once: key-value store, echo, bulk both ways, a counter, memory dirtying; and the checks of what it saw.
 
-use std::fs::File;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -11,6 +10,7 @@ use load::kv::{self, SharedModel};
 use load::model::{DiskReport, Model, SECTOR};
 use load::{CONTROL_PORT, ECHO_PORT, KV_PORT, Load, SINK_PORT, SOURCE_PORT, Verdict, bulk, control, echo, udp};
 
+use crate::images;
 use crate::netns::{Network, guest};
 use crate::pair::Bed;
 
@@ -282,7 +282,7 @@ impl Loads {
 pub fn check_disk(model: &SharedModel, disk: &Path) -> Result<DiskReport> {
     let start = Instant::now();
     loop {
-        let mut file = File::open(disk).with_context(|| disk.display().to_string())?;
+        let mut file = images::open(disk).with_context(|| disk.display().to_string())?;
         let model = kv::lock(model);
         if model.unacknowledged() > 0 {
             bail!("{} PUTs were never acknowledged", model.unacknowledged());

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 
 use crate::cleanup::{self, KEEP, Registered};
+use crate::images;
 use crate::netns::{GUEST_IP, Network, TAP};
 use crate::process::{Vmm, binary};
 
@@ -33,6 +34,8 @@ pub struct Options {
     pub data_mib: u64,
     /// Disks beside that one, as large, which the guest leaves alone.
     pub idle_disks: u32,
+    /// Format of the disk on hosts a and b: `raw` or `qcow2`.
+    pub image_types: [&'static str; 2],
     /// Further words of the guest's command line.
     pub cmdline: String,
     /// Silence after which the other side counts as dead. Longer than the product's default, so that a machine that is
@@ -44,6 +47,8 @@ pub struct Options {
     pub tls: bool,
     /// Flush durability policy.
     pub durability: &'static str,
+    /// Both hosts have one disk.
+    pub shared: bool,
     /// The spare host is used.
     pub spares: bool,
     /// What becomes of a shadow that differs.
@@ -58,11 +63,13 @@ impl Default for Options {
             disk_mib: 16,
             data_mib: 0,
             idle_disks: 0,
+            image_types: ["raw"; 2],
             cmdline: String::new(),
             heartbeat_timeout_ms: 3000,
             limits: Vec::new(),
             tls: false,
             durability: "memory-of-both",
+            shared: false,
             spares: false,
             audit: "stop",
         }
@@ -214,10 +221,8 @@ impl Bed {
     /// The disk of a host.
     pub fn disk(&self, side: Side) -> PathBuf {
         let moved = self.moved.iter().find(|(of, _)| *of == side);
-        moved.map_or_else(
-            || self.dir.join(format!("{}.img", side.name())),
-            |(_, path)| path.clone(),
-        )
+        let name = if self.options.shared { "shared" } else { side.name() };
+        moved.map_or_else(|| self.dir.join(format!("{name}.img")), |(_, path)| path.clone())
     }
 
     /// Puts a host's disk, empty, somewhere else in the bed's directory.
@@ -229,9 +234,18 @@ impl Bed {
 
     /// Makes a host's disks anew, empty.
     pub fn new_disk(&self, side: Side) -> Result<()> {
-        let idle = self.idle_disks(side).into_iter().map(|(_, path)| path);
-        for path in idle.chain([self.disk(side)]) {
+        for (_, path) in self.idle_disks(side) {
             File::create(path)?.set_len(self.options.disk_mib << 20)?;
+        }
+        match self.image_type(side) {
+            "raw" => File::create(self.disk(side))?.set_len(self.options.disk_mib << 20)?,
+            format => {
+                let (path, size) = (
+                    self.disk(side).display().to_string(),
+                    format!("{}M", self.options.disk_mib),
+                );
+                images::qemu_img(&["create", "-q", "-f", format, &path, &size])?;
+            }
         }
         Ok(())
     }
@@ -264,6 +278,19 @@ impl Bed {
             .collect()
     }
 
+    fn image_type(&self, side: Side) -> &'static str {
+        self.options.image_types[usize::from(side == Side::B)]
+    }
+
+    /// The option that says of which format a host's disk is.
+    fn format(&self, side: Side) -> String {
+        match self.image_type(side) {
+            // Not said, as by most who use it.
+            "raw" if self.image_type(side.other()) == "raw" => String::new(),
+            format => format!(",image_type={format}"),
+        }
+    }
+
     /// `file:DIR` of the arbiter.
     pub fn arbiter(&self) -> String {
         format!("file:{}", self.dir.join("arbiter").display())
@@ -281,6 +308,10 @@ impl Bed {
             ("--cmdline", self.cmdline()),
             ("--cpus", format!("boot={}", self.options.vcpus)),
             ("--memory", format!("size={}M", self.options.memory_mib)),
+            (
+                "--disk",
+                format!("path={}{}", self.disk(side).display(), self.format(side)),
+            ),
             ("--net", format!("tap={TAP},mac={MAC}")),
             ("--serial", format!("file={}", serial.display())),
             ("--console", "off".into()),
@@ -345,7 +376,7 @@ impl Bed {
 
     /// The same, at a given address.
     pub fn receive_at(&self, host: &mut Host, peer: &str) -> Result<()> {
-        let disk = format!("id=_disk0,path={}", host.disk.display());
+        let disk = format!("id=_disk0,path={}{}", host.disk.display(), self.format(host.side));
         let serial = format!("file={}", host.serial.display());
         let (net, arbiter) = (format!("id=_net1,tap={TAP}"), self.arbiter());
         let args = [
@@ -415,10 +446,20 @@ impl Bed {
         ];
         [
             args.map(String::from).to_vec(),
+            self.shared_args(),
             self.options.limits.clone(),
             self.security(backup.side.other()),
         ]
         .concat()
+    }
+
+    fn shared_args(&self) -> Vec<String> {
+        let args = if self.options.shared {
+            &["--shared-disk", "_disk0"][..]
+        } else {
+            &[]
+        };
+        args.iter().map(ToString::to_string).collect()
     }
 
     /// Keeps the directory, for a look at logs and disks.

@@ -8,9 +8,10 @@ use bed1::pair::{Bed, Options, Side};
 
 #[test]
 fn kvm_root_connections_live_through_snapshot_and_restore_in_another_process() -> Result<()> {
-    for vcpus in [1, 2] {
+    for (vcpus, image_type) in [(1, "raw"), (2, "raw"), (2, "qcow2")] {
         let mut bed = Bed::new(Options {
             vcpus,
+            image_types: [image_type; 2],
             ..Options::default()
         })?;
         let mut host = bed.boot(Side::A)?;

@@ -4,27 +4,14 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
-use std::path::PathBuf;
 use std::sync::Arc;
 
-use super::image::DiskImage;
+use super::image::{DiskImage, DiskOptions};
+use super::lock;
 use super::pool::Pool;
 use super::uring::Uring;
 use crate::Error;
 use crate::backend::{BlockBackend, BlockOp};
-
-/// How a disk is opened.
-#[derive(Debug, Clone)]
-pub struct DiskOptions {
-    /// Raw image or block device.
-    pub path: PathBuf,
-    /// Only for reading.
-    pub readonly: bool,
-    /// Past the page cache of the host.
-    pub direct: bool,
-    /// Requests under way at most.
-    pub queue_size: u16,
-}
 
 /// An open raw disk.
 #[derive(Debug)]
@@ -38,17 +25,22 @@ pub(super) struct DiskFile {
     block_size: u32,
 }
 
-/// Opens a disk and locks it: for writing it can be open once, for reading often, on all hosts that share the locks of
-/// its file system.
-pub fn open(options: &DiskOptions) -> Result<Arc<dyn DiskImage>, Error> {
-    open_file(options).map(|file| Arc::new(file) as Arc<dyn DiskImage>)
+/// A file that was opened and locked.
+pub(super) struct OpenFile {
+    pub(super) file: File,
+    /// The same, past the page cache, when that was asked for.
+    pub(super) direct: Option<File>,
 }
 
-pub(super) fn open_file(options: &DiskOptions) -> Result<DiskFile, Error> {
-    let error = |what: &'static str| {
-        let what = format!("disk {}: {what}", options.path.display());
-        move |source| Error::Backend { what, source }
-    };
+fn error(options: &DiskOptions, what: &'static str) -> impl FnOnce(io::Error) -> Error {
+    let what = format!("disk {}: {what}", options.path.display());
+    move |source| Error::Backend { what, source }
+}
+
+/// Opens a disk's file and locks it: for writing it can be open once, for reading often, on all hosts that share the
+/// locks of its file system.
+pub(super) fn open_locked(options: &DiskOptions) -> Result<OpenFile, Error> {
+    let error = |what| error(options, what);
     let flags = |flags: i32| {
         let mut open = File::options();
         open.read(true).write(!options.readonly).custom_flags(flags);
@@ -60,16 +52,28 @@ pub(super) fn open_file(options: &DiskOptions) -> Result<DiskFile, Error> {
         let source = io::Error::new(io::ErrorKind::InvalidInput, "neither a regular file nor a block device");
         return Err(error("cannot be used")(source));
     }
-    lock(&file, options.readonly).map_err(error("is in use by another process"))?;
+    if !options.shared {
+        lock::take(&file, options.readonly).map_err(error("is in use by another process"))?;
+    }
     let direct = if options.direct {
         let direct = flags(libc::O_DIRECT).open(&options.path);
         Some(direct.map_err(error("cannot be opened for direct I/O (direct=on)"))?)
     } else {
         None
     };
-    let size = io::Seek::seek(&mut &file, io::SeekFrom::End(0)).map_err(error("has no size"))?;
+    Ok(OpenFile { file, direct })
+}
+
+/// Opens and locks a raw disk.
+pub(super) fn open_raw(options: &DiskOptions) -> Result<DiskFile, Error> {
+    let OpenFile { file, direct } = open_locked(options)?;
+    let size = io::Seek::seek(&mut &file, io::SeekFrom::End(0)).map_err(error(options, "has no size"))?;
+    let kind = file
+        .metadata()
+        .map_err(error(options, "cannot be looked at"))?
+        .file_type();
     let block_size = if kind.is_block_device() {
-        sector_size(&file).map_err(error("has no sector size"))?
+        sector_size(&file).map_err(error(options, "has no sector size"))?
     } else {
         512
     };
@@ -81,27 +85,6 @@ pub(super) fn open_file(options: &DiskOptions) -> Result<DiskFile, Error> {
         size,
         block_size,
     })
-}
-
-/// Takes an open file description lock on the whole file; it lasts until the file is closed.
-fn lock(file: &File, readonly: bool) -> io::Result<()> {
-    // SAFETY: all-zero bytes are a valid flock: the whole file, no process.
-    let mut flock: libc::flock = unsafe { std::mem::zeroed() };
-    flock.l_type = if readonly { libc::F_RDLCK } else { libc::F_WRLCK } as libc::c_short;
-    flock.l_whence = libc::SEEK_SET as libc::c_short;
-    // SAFETY: F_OFD_SETLK reads a flock.
-    if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &flock) } == 0 {
-        return Ok(());
-    }
-    let e = io::Error::last_os_error();
-    match e.raw_os_error() {
-        Some(libc::EAGAIN | libc::EACCES) => Err(e),
-        // A file system without locks.
-        _ => {
-            log::warn!("the disk image is not locked: {e}");
-            Ok(())
-        }
-    }
 }
 
 fn sector_size(file: &File) -> io::Result<u32> {
@@ -233,6 +216,10 @@ impl DiskImage for DiskFile {
 
     fn block_size(&self) -> u32 {
         self.block_size
+    }
+
+    fn raw(&self) -> Option<&File> {
+        Some(&self.file)
     }
 
     unsafe fn perform(&self, op: BlockOp, iovecs: &[libc::iovec]) -> io::Result<u32> {

@@ -4,11 +4,71 @@
 //! would see old ones, and two that write destroy it. Therefore FT's pre-copy reads, and its shadow writes, through the
 //! image that the device has too.
 
+use std::fs::File;
 use std::io;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use super::{file, qcow2};
 use crate::Error;
 use crate::backend::{BlockBackend, BlockOp};
+
+/// Format of a disk image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Format {
+    /// The disk's bytes, nothing else. May be a block device.
+    Raw,
+    /// qcow2, version 3; for reading version 2, too.
+    Qcow2,
+}
+
+/// How a disk is opened.
+#[derive(Debug, Clone)]
+pub struct DiskOptions {
+    /// The image, or a block device.
+    pub path: PathBuf,
+    /// What it is; never guessed from its content, which a guest may have written.
+    pub format: Format,
+    /// Only for reading.
+    pub readonly: bool,
+    /// Past the page cache of the host.
+    pub direct: bool,
+    /// The image may name other files to be read where it has no data (qcow2).
+    pub backing_files: bool,
+    /// Another host has it open and locked: it is not locked here until that one gives it up ([`super::lock`]).
+    pub shared: bool,
+}
+
+/// Opens an image and locks it: for writing it can be open once, for reading often, on all hosts that share the locks
+/// of its file system.
+pub fn open(options: &DiskOptions) -> Result<Arc<dyn DiskImage>, Error> {
+    Ok(match options.format {
+        Format::Raw => Arc::new(file::open_raw(options)?),
+        Format::Qcow2 => Arc::new(qcow2::open(options)?),
+    })
+}
+
+/// Makes an image of `size` zero bytes that takes next to no space. `AlreadyExists`: there is a file.
+pub fn create(path: &Path, format: Format, size: u64) -> io::Result<()> {
+    let file = File::options().read(true).write(true).create_new(true).open(path)?;
+    let made = match format {
+        Format::Raw => file.set_len(size),
+        Format::Qcow2 => qcow2::create(file, size),
+    };
+    if made.is_err() {
+        // Half an image would be taken for one later.
+        let _ = std::fs::remove_file(path);
+    }
+    made
+}
+
+/// The other files that an image reads from, as far as they can be found.
+pub fn backing_files(path: &Path, format: Format) -> Vec<PathBuf> {
+    match format {
+        Format::Raw => Vec::new(),
+        Format::Qcow2 => qcow2::backing_files(path),
+    }
+}
 
 /// An opened disk image. Requests of several threads may be under way; the caller sees to it that those which overlap
 /// and change something are not.
@@ -18,6 +78,11 @@ pub trait DiskImage: std::fmt::Debug + Send + Sync {
 
     /// Logical block size in bytes.
     fn block_size(&self) -> u32;
+
+    /// The file whose bytes are the disk's own, if there is nothing more to the image: such a disk two hosts can share.
+    fn raw(&self) -> Option<&File> {
+        None
+    }
 
     /// Does one request, within the disk, and waits for it. Returns the bytes moved.
     ///
@@ -69,7 +134,7 @@ impl dyn DiskImage + '_ {
 
 #[cfg(test)]
 mod tests {
-    use crate::block::{DiskOptions, open};
+    use super::*;
 
     #[test]
     fn what_is_written_is_read_back() {
@@ -77,9 +142,11 @@ mod tests {
         file.as_file().set_len(1 << 20).unwrap();
         let image = open(&DiskOptions {
             path: file.path().into(),
+            format: Format::Raw,
             readonly: false,
             direct: false,
-            queue_size: 1,
+            backing_files: false,
+            shared: false,
         })
         .unwrap();
         assert_eq!(image.size(), 1 << 20);

@@ -1,17 +1,20 @@
 //! The block device (virtio 1.3, 5.2): one queue; data go between guest RAM and the disk without a copy.
 //!
 //! * this file: the device; `request`: what a chain asks for; [`persist`]: saved state;
-//! * [`image`]: what a disk image can do; [`mod@file`]: raw ones, their locks; `uring` and `pool`: the two backends.
+//! * [`image`]: what a disk image can do; `file`: raw ones; [`lock`]: their locks; `qcow2`; `uring` and `pool`: the two
+//!   backends.
 //!
 //! Changes that overlap one that is under way wait for it. So they take effect in the order in which the guest gave
 //! them, and a copy of the disk that is made from the log of changes is equal (rule R3).
 
-pub mod file;
+mod file;
 pub mod image;
+pub mod lock;
 #[cfg(test)]
 mod order_tests;
 pub mod persist;
 mod pool;
+mod qcow2;
 mod request;
 #[cfg(test)]
 mod tests;
@@ -28,8 +31,7 @@ use crate::handle::Handle;
 use crate::model::{Io, Model, Ready, read_bytes};
 use crate::ring::{Chain, QueueError};
 use crate::{DeviceState, Error, GuestMemory};
-pub use file::{DiskOptions, open};
-pub use image::DiskImage;
+pub use image::{DiskImage, DiskOptions, Format, backing_files, create, open};
 use persist::{BlockState, VERSION};
 use request::{ID_BYTES, Limits, MAX_ZERO_SECTORS, Request, SECTOR, Status, parse};
 

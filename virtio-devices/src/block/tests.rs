@@ -1,10 +1,11 @@
 use std::io::Write;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
+use std::sync::RwLock;
 
 use proptest::prelude::*;
 
-use super::file::{DiskFile, open_file};
+use super::file::{DiskFile, open_raw};
 use super::uring::Uring;
 use super::*;
 use crate::testing::{BUFFERS, Driver, EVENT_IDX, clean, is_dirty, write_desc};
@@ -24,14 +25,33 @@ pub(super) fn options(readonly: bool) -> BlockOptions {
     }
 }
 
+/// Held while a child process is made: until it is another program, it keeps the images of all tests open and locked.
+pub(super) static SPAWNING: RwLock<()> = RwLock::new(());
+
+/// Opens an image, which was closed before if it was open.
+pub(super) fn open(options: &DiskOptions) -> Result<Arc<dyn DiskImage>, Error> {
+    let _settled = SPAWNING.read().unwrap();
+    super::image::open(options)
+}
+
+pub(super) fn raw(path: &Path, readonly: bool) -> DiskOptions {
+    DiskOptions {
+        path: path.into(),
+        format: Format::Raw,
+        readonly,
+        direct: false,
+        backing_files: false,
+        shared: false,
+    }
+}
+
 fn disk(path: &Path, readonly: bool, direct: bool) -> Arc<DiskFile> {
     let options = DiskOptions {
-        path: path.into(),
-        readonly,
         direct,
-        queue_size: QUEUE,
+        ..raw(path, readonly)
     };
-    Arc::new(open_file(&options).unwrap())
+    let _settled = SPAWNING.read().unwrap();
+    Arc::new(open_raw(&options).unwrap())
 }
 
 pub(super) fn image() -> tempfile::NamedTempFile {
@@ -77,7 +97,7 @@ pub(super) fn one(driver: &mut Driver<Block>, kind: u32, sector: u64, data: &[(u
     (driver.get(STATUS, 1)[0], used[0].1)
 }
 
-fn range(driver: &Driver<Block>, sector: u64, sectors: u32, flags: u32) -> [(u64, u32, bool); 1] {
+pub(super) fn range(driver: &Driver<Block>, sector: u64, sectors: u32, flags: u32) -> [(u64, u32, bool); 1] {
     let mut bytes = sector.to_le_bytes().to_vec();
     bytes.extend_from_slice(&sectors.to_le_bytes());
     bytes.extend_from_slice(&flags.to_le_bytes());
@@ -253,12 +273,7 @@ fn direct_io_takes_aligned_and_other_requests() {
 #[test]
 fn an_image_is_opened_once_for_writing() {
     let image = image();
-    let options = |readonly| DiskOptions {
-        path: image.path().into(),
-        readonly,
-        direct: false,
-        queue_size: QUEUE,
-    };
+    let options = |readonly| raw(image.path(), readonly);
     let first = open(&options(false)).unwrap();
     for readonly in [false, true] {
         let e = open(&options(readonly)).unwrap_err().to_string();
@@ -328,12 +343,7 @@ fn a_file_that_is_no_disk_is_refused_by_name() {
     text.write_all(b"short").unwrap();
     let file = disk(text.path(), true, false);
     assert_eq!(Block::new(options(true), file.backend(QUEUE, false).unwrap()).size, 0);
-    let missing = open(&DiskOptions {
-        path: "/nonexistent/disk".into(),
-        readonly: true,
-        direct: false,
-        queue_size: 16,
-    });
+    let missing = open(&raw(Path::new("/nonexistent/disk"), true));
     assert!(missing.unwrap_err().to_string().contains("/nonexistent/disk"));
 }
 

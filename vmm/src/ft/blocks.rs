@@ -184,7 +184,7 @@ impl LoggedBlock {
 ///
 /// # Safety
 /// Every iovec must be mapped and readable.
-unsafe fn copy_out(iovecs: &[libc::iovec]) -> Vec<u8> {
+pub(super) unsafe fn copy_out(iovecs: &[libc::iovec]) -> Vec<u8> {
     let mut data: Vec<u8> = Vec::with_capacity(total(iovecs) as usize);
     for v in iovecs {
         let at = data.len();

@@ -27,14 +27,21 @@ use crate::vm::Vm;
 pub struct Kept(Arc<Mutex<Option<(Weak<Vm>, Arc<Histories>)>>>);
 
 impl Kept {
-    /// Those of `vm`; new ones, if it has none.
-    pub fn of(&self, vm: &Arc<Vm>) -> Arc<Histories> {
+    /// Those of `vm`; new ones, if it has none. `shared`: ids of disks that are not copied.
+    pub fn of(&self, vm: &Arc<Vm>, shared: &[String]) -> Arc<Histories> {
         let mut kept = lock(&self.0);
         match &*kept {
             Some((of, histories)) if of.ptr_eq(&Arc::downgrade(vm)) => histories.clone(),
             _ => {
-                let sidecars = vm.devices().disks().iter().map(sidecar_of).collect();
-                let histories = Arc::new(Histories::new(vm, sidecars));
+                let sidecar = |disk: &Disk| {
+                    if is_copied(disk, shared) {
+                        sidecar_of(disk)
+                    } else {
+                        None
+                    }
+                };
+                let sidecars = vm.devices().disks().iter().map(sidecar).collect();
+                let histories = Arc::new(Histories::new(vm, sidecars, shared));
                 *kept = Some((Arc::downgrade(vm), histories.clone()));
                 histories
             }
@@ -56,10 +63,14 @@ impl Kept {
     }
 }
 
+/// Whether both hosts have a copy of the disk.
+fn is_copied(disk: &Disk, shared: &[String]) -> bool {
+    !disk.readonly && !disk.is_shared() && !shared.contains(&disk.id)
+}
+
 fn sidecar_of(disk: &Disk) -> Option<Sidecar> {
-    if disk.readonly {
-        return None;
-    }
+    // What a killed process had of a qcow2 image's tables is lost: its file proves nothing.
+    disk.image().ok()?.raw()?;
     Sidecar::open(&disk.path).unwrap_or_else(|e| {
         let path = path_of(&disk.path);
         log::warn!(
@@ -91,16 +102,16 @@ pub fn forget_copies(config: &VmConfig) -> Result<(), String> {
 
 /// The histories of a VM's disks.
 pub struct Histories {
-    /// By index of the disk; none for those that the guest cannot write.
+    /// By index of the disk; none for those that are not copied.
     disks: Vec<Option<Arc<DiskHistory>>>,
     wraps: Mutex<Vec<Option<Slot<dyn BlockBackend>>>>,
 }
 
 impl Histories {
-    /// With the sidecars of its images, where there are any.
-    pub fn new(vm: &Vm, sidecars: Vec<Option<Sidecar>>) -> Self {
+    /// With the sidecars of its images, where there are any. `shared`: ids of disks that are not copied.
+    pub fn new(vm: &Vm, sidecars: Vec<Option<Sidecar>>, shared: &[String]) -> Self {
         let history = |(disk, sidecar): (&Disk, Option<Sidecar>)| {
-            let known = !disk.readonly && disk.size <= ft::copies::MAX_SIZE;
+            let known = is_copied(disk, shared) && disk.size <= ft::copies::MAX_SIZE;
             known.then(|| Arc::new(DiskHistory::new(vm.uuid(), &disk.id, disk.size, sidecar)))
         };
         Self {

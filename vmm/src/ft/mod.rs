@@ -1,7 +1,8 @@
 //! Fault tolerance on this VMM: the [`Plugin`] that serves `vm.ft-*` and keeps the one FT session.
 //!
 //! * [`protected`]: the running VM as FT sees it; [`shadow`]: the backup's side; [`backends`], [`blocks`]: the interposer at
-//!   the devices; [`consoles`]: where a shadow's consoles go; [`histories`]: what of the disks need not be copied again;
+//!   the devices; [`shared`], [`disks`]: disks that both hosts see; [`consoles`]: where a shadow's consoles go;
+//!   [`histories`]: what of the disks need not be copied again;
 //! * [`reprotect`]: the thread that looks for a new backup.
 //!
 //! Lock order: `changing`, `session`, `search`, then FT's and the VM's own locks. FT's threads never take the first three.
@@ -9,10 +10,12 @@
 mod backends;
 mod blocks;
 mod consoles;
+mod disks;
 mod histories;
 mod protected;
 mod reprotect;
 mod shadow;
+mod shared;
 
 use std::path::Path;
 use std::sync::{Arc, Mutex, Weak};
@@ -26,6 +29,7 @@ use ft::reprotect::Policy;
 use ft::{Backup, Cancel, EventSink, FtEvent, Offer, Primary};
 use sandbox::landlock::Access;
 
+use crate::devices::Disk;
 use crate::interrupts::lock;
 use crate::landlock::Landlock;
 use crate::plugin::Plugin;
@@ -157,9 +161,13 @@ impl FtPlugin {
         let failed = |e: ft::Error| error(e.status(), e.code(), &e);
         let policy = Policy::of_primary(&config).map_err(|e| failed(e.into()))?;
         let search = policy.map(|policy| Search::new(policy, &vm));
-        let identity = protected::identity(&vm).map_err(|e| failed(e.into()))?;
+        let ids = config.shared_disks.clone();
+        for id in &ids {
+            disks::shareable(&vm, id).map_err(|refusal| error(400, &refusal.code, &refusal))?;
+        }
+        let identity = protected::own_identity(&vm, &ids).map_err(|e| failed(e.into()))?;
         let offer = ft::offer(identity, config, self.events(), &Cancel::default()).map_err(failed)?;
-        self.begin(offer, vm)?;
+        self.begin(offer, vm, &ids)?;
         self.search_for(search);
         Ok(Response::Empty)
     }
@@ -179,16 +187,21 @@ impl FtPlugin {
         }
     }
 
-    /// With `changing` locked: a session by this offer in the place of the present one, which has ended.
-    fn begin(&self, offer: Offer, vm: Arc<Vm>) -> Result<(), ApiError> {
+    /// With `changing` locked: a session by this offer in the place of the present one, which has ended. `shared`: ids of
+    /// disks that are shared from now on.
+    fn begin(&self, offer: Offer, vm: Arc<Vm>, shared: &[String]) -> Result<(), ApiError> {
         self.may_begin(&vm)?;
         // Its end was decided, but perhaps not done yet.
         if let Session::Primary(primary) = self.session() {
             primary.disable().map_err(|e| error(e.status(), e.code(), &e))?;
         }
-        let histories = self.kept.of(&vm);
-        let machine = ProtectedVm::new(vm, histories);
+        let histories = self.kept.of(&vm, shared);
+        let machine = ProtectedVm::new(vm.clone(), histories, shared);
         let primary = offer.begin(machine).map_err(|e| error(e.status(), e.code(), &e))?;
+        let disks = vm.devices().disks().iter();
+        disks
+            .filter(|disk| shared.contains(&disk.id))
+            .for_each(Disk::set_shared);
         end(self.put(Session::Primary(Arc::new(primary))));
         Ok(())
     }
@@ -239,6 +252,11 @@ fn allow_arbiter(landlock: &Landlock, description: Option<&str>) {
 /// Why no new session can begin, when the present one is at work.
 fn in_use(session: &Session) -> Option<String> {
     use ft::config::FtState::*;
+    if let Session::Primary(primary) = session
+        && let Some(why) = primary.unfinished()
+    {
+        return Some(why);
+    }
     let info = reprotect::report(session)?;
     match info.state {
         Disabled | Solo | Failed | Stopped => None,
@@ -312,6 +330,13 @@ impl Plugin for FtPlugin {
             end(self.put(Session::Off));
         }
         self.kept.forget();
+    }
+
+    fn settle(&self) -> Result<(), ApiError> {
+        match self.session() {
+            Session::Primary(primary) => primary.settle().map_err(|e| error(e.status(), e.code(), &e)),
+            Session::Backup(_) | Session::Off => Ok(()),
+        }
     }
 
     fn vm_failed(&self, reason: &str) {

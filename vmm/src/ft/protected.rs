@@ -8,13 +8,18 @@ use std::time::Duration;
 
 use ft::copies::{Divergence, SessionId};
 use ft::interposer::Interposer;
-use ft::machine::{DiskIdentity, Identity, MachineError, Output, PageRun, Protected, SavedState};
+use ft::machine::{
+    DiskChange, DiskIdentity, Identity, MachineError, Output, PageRun, Protected, SavedState, SharedDisk,
+};
 use sandbox::ThreadKind;
 use virtio_devices::backend::{BlockBackend, ConsoleBackend, NetBackend};
+use virtio_devices::block::DiskImage;
 
 use super::backends::{HeldConsole, HeldNet, Slot};
 use super::blocks::{ChangedBlocks, LoggedBlock, TrackedBlock};
+use super::disks;
 use super::histories::Histories;
+use super::shared::SharedBlock;
 use crate::devices::Disk;
 use crate::interrupts::lock;
 use crate::vm::{Holder, Vm};
@@ -43,6 +48,7 @@ struct Wraps {
 struct DiskSide {
     size: u64,
     readonly: bool,
+    shared: bool,
     changed: Arc<ChangedBlocks>,
 }
 
@@ -56,16 +62,23 @@ pub struct ProtectedVm {
 }
 
 /// What both sides must agree on, of this VM on this host.
-pub(super) fn identity(vm: &Vm) -> Result<Identity, MachineError> {
+/// Of this VM, which runs here. `shared`: ids of disks that the backup sees too, beside those that are known to be so.
+pub(super) fn own_identity(vm: &Vm, shared: &[String]) -> Result<Identity, MachineError> {
+    let mark = |disk: &Disk| (disk.is_shared() || shared.contains(&disk.id)).then(|| disks::mark(disk));
+    let marks = vm.devices().disks().iter().map(|disk| mark(disk).transpose());
+    identity(vm, &marks.collect::<Result<Vec<_>, _>>()?)
+}
+
+/// `shared`: of each disk, how it is shared.
+pub(super) fn identity(vm: &Vm, shared: &[Option<SharedDisk>]) -> Result<Identity, MachineError> {
     let config = vm.config();
-    let disks = vm
-        .devices()
-        .disks()
-        .iter()
-        .map(|d| DiskIdentity {
+    let disks = vm.devices().disks().iter().enumerate();
+    let disks = disks
+        .map(|(i, d)| DiskIdentity {
             id: d.id.clone(),
             size: d.size,
             readonly: d.readonly,
+            shared: shared.get(i).copied().flatten(),
         })
         .collect();
     Ok(Identity {
@@ -82,11 +95,13 @@ pub(super) fn identity(vm: &Vm) -> Result<Identity, MachineError> {
 }
 
 impl ProtectedVm {
-    /// Prepares `vm` for protection; nothing is changed in it yet. `histories` are those of its disks.
-    pub fn new(vm: Arc<Vm>, histories: Arc<Histories>) -> Arc<Self> {
+    /// Prepares `vm` for protection; nothing is changed in it yet. `histories` are those of its disks; `shared`: ids of disks
+    /// that the backup sees too.
+    pub fn new(vm: Arc<Vm>, histories: Arc<Histories>, shared: &[String]) -> Arc<Self> {
         let side = |disk: &Disk| DiskSide {
             size: disk.size,
             readonly: disk.readonly,
+            shared: disk.is_shared() || shared.contains(&disk.id),
             changed: Arc::default(),
         };
         let disks = vm.devices().disks().iter().map(side).collect();
@@ -104,6 +119,12 @@ impl ProtectedVm {
 
     fn disk(&self, disk: u16) -> Result<&DiskSide, MachineError> {
         self.disks.get(usize::from(disk)).ok_or_else(|| no_disk(disk))
+    }
+
+    fn image(&self, disk: u16) -> Result<Arc<dyn DiskImage>, MachineError> {
+        let disks = self.vm.devices().disks();
+        let disk = disks.get(usize::from(disk)).ok_or_else(|| no_disk(disk))?;
+        disk.image().map_err(machine_error)
     }
 
     fn unwrap_disks(&self, wraps: &mut Wraps) {
@@ -153,7 +174,9 @@ fn frame_of(output: &Output) -> Option<&[u8]> {
 
 impl Protected for ProtectedVm {
     fn identity(&self) -> Result<Identity, MachineError> {
-        identity(&self.vm)
+        let disks = self.vm.devices().disks().iter().zip(&self.disks);
+        let shared = disks.filter(|(_, side)| side.shared).map(|(disk, _)| disk.id.clone());
+        own_identity(&self.vm, &shared.collect::<Vec<_>>())
     }
 
     fn start_tracking(&self) -> Result<(), MachineError> {
@@ -212,11 +235,7 @@ impl Protected for ProtectedVm {
     }
 
     fn read_disk(&self, disk: u16, offset: u64, buf: &mut [u8]) -> Result<(), MachineError> {
-        let disks = self.vm.devices().disks();
-        let disk = disks.get(usize::from(disk)).ok_or_else(|| no_disk(disk))?;
-        disk.image()
-            .and_then(|image| image.read_at(offset, buf))
-            .map_err(machine_error)
+        self.image(disk)?.read_at(offset, buf).map_err(machine_error)
     }
 
     fn harvest_dirty_blocks(&self, disk: u16, out: &mut Vec<(u64, u64)>) -> Result<(), MachineError> {
@@ -249,10 +268,17 @@ impl Protected for ProtectedVm {
                 wraps.disks.push(None);
                 continue;
             }
+            let shared = self.disks.get(i).is_some_and(|d| d.shared);
             disk.exchange(|inner| {
-                let (wrapper, slot) = LoggedBlock::wrap(inner, interposer.clone(), i as u16);
+                let (wrapper, slot): (Box<dyn BlockBackend>, _) = if shared {
+                    let (wrapper, slot) = SharedBlock::wrap(inner, interposer.clone(), i as u16);
+                    (Box::new(wrapper), slot)
+                } else {
+                    let (wrapper, slot) = LoggedBlock::wrap(inner, interposer.clone(), i as u16);
+                    (Box::new(wrapper), slot)
+                };
                 wraps.disks.push(Some(slot));
-                Box::new(wrapper)
+                wrapper
             });
         }
         for (i, net) in devices.nets().iter().enumerate() {
@@ -329,6 +355,18 @@ impl Protected for ProtectedVm {
             };
             rest = &rest[run..];
         }
+    }
+
+    fn write_shared(&self, disk: u16, change: &DiskChange) -> Result<(), MachineError> {
+        disks::carry_out(self.image(disk)?.as_ref(), change)
+    }
+
+    fn yield_disks(&self) {
+        disks::give_back(&self.vm);
+    }
+
+    fn claim_disks(&self) -> Result<Option<String>, MachineError> {
+        disks::claim(&self.vm)
     }
 
     fn throttle(&self, run_percent: u8) {

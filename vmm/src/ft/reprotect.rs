@@ -174,7 +174,7 @@ impl FtPlugin {
         let Attempt { config, vm, cancel, .. } = attempt;
         let gone = || "the VM has ended".to_string();
         let present = vm.upgrade().ok_or_else(gone)?;
-        let identity = protected::identity(&present).map_err(|e| e.to_string())?;
+        let identity = protected::own_identity(&present, &[]).map_err(|e| e.to_string())?;
         drop(present);
         let offer = ft::offer(identity, config, self.events(), &cancel).map_err(|e| e.to_string())?;
         let _changing = lock(&self.changing);
@@ -183,7 +183,7 @@ impl FtPlugin {
         if cancel.is_cancelled() {
             return Err("given up".into());
         }
-        self.begin(offer, vm).map_err(|e| e.message)?;
+        self.begin(offer, vm, &[]).map_err(|e| e.message)?;
         if let Some(search) = &mut *lock(&self.search) {
             search.retry.accepted();
         }

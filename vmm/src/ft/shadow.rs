@@ -3,20 +3,20 @@
 //! A shadow is a complete VM that was never started: RAM mapped, devices made, taps and disks open. Committed
 //! checkpoints go straight into its RAM and disks; activation loads the last state and lets it run.
 
-use std::fs::OpenOptions;
-use std::path::Path;
 use std::sync::Arc;
 
-use api::VmConfig;
-use ft::config::FtReceiveConfig;
+use api::config::ImageType;
+use api::{DiskConfig, VmConfig};
+use ft::config::{FtImageType, FtReceiveConfig};
 use ft::copies::{CopyClaim, SessionId, ShadowCopy};
 use ft::machine::{
-    DiskChange, Identity, Input, MachineError, Output, Protected, Refusal, Shadow, ShadowHost, Takeover,
+    DiskChange, DiskIdentity, Identity, Input, MachineError, Output, Protected, Refusal, Shadow, ShadowHost, Takeover,
 };
 
 use virtio_devices::block::DiskImage;
 
 use super::backends::{ReplayNet, transmit_all};
+use super::disks;
 use super::histories::{Histories, Kept};
 use super::protected::{ProtectedVm, identity, machine_error, no_disk};
 use crate::state::VmState;
@@ -37,24 +37,23 @@ pub struct VmShadowHost {
     pub kept: Kept,
 }
 
-fn refuse(code: &str, message: String) -> Refusal {
+pub(super) fn refuse(code: &str, message: String) -> Refusal {
     Refusal {
         code: code.into(),
         message,
     }
 }
 
-fn prepare_disk(path: &Path, size: u64, id: &str) -> Result<(), Refusal> {
-    if path.exists() {
+fn prepare_disk(disk: &DiskConfig, offered: &DiskIdentity) -> Result<(), Refusal> {
+    let Some(path) = disk.path.as_deref().filter(|path| !path.exists() && !offered.readonly) else {
         return Ok(());
-    }
-    let made = OpenOptions::new()
-        .write(true)
-        .create_new(true)
-        .open(path)
-        .and_then(|f| f.set_len(size));
-    made.map_err(|e| {
-        let message = format!("cannot make {} for disk {id} on the backup: {e}", path.display());
+    };
+    crate::disks::create(disk, path, offered.size).map_err(|e| {
+        let message = format!(
+            "cannot make {} for disk {} on the backup: {e}",
+            path.display(),
+            offered.id
+        );
         refuse("disk_create_failed", message)
     })
 }
@@ -80,6 +79,13 @@ impl VmShadowHost {
                 )
             })?;
             disk.path = Some(over.path.clone());
+            if let Some(format) = over.image_type {
+                disk.image_type = Some(match format {
+                    FtImageType::Raw => ImageType::Raw,
+                    FtImageType::Qcow2 => ImageType::Qcow2,
+                });
+                disk.backing_files &= format == FtImageType::Qcow2;
+            }
         }
         for over in &self.overrides.net {
             let net = config
@@ -96,9 +102,13 @@ impl VmShadowHost {
             net.tap = Some(over.tap.clone());
         }
         super::consoles::override_consoles(&mut config, &self.overrides)?;
+        // The primary's own check is not ours to trust.
+        config
+            .validate()
+            .map_err(|e| refuse("config_not_valid", e.to_string()))?;
         for (disk, offered) in config.disks.iter().flatten().zip(&offered.disks) {
-            if let (Some(path), false) = (&disk.path, offered.readonly) {
-                prepare_disk(path, offered.size, &offered.id)?;
+            if offered.shared.is_none() {
+                prepare_disk(disk, offered)?;
             }
         }
         Ok(config)
@@ -117,19 +127,25 @@ impl ShadowHost for VmShadowHost {
             .flatten()
             .zip(&offered.disks)
             .map(|(disk, offered_disk)| {
-                let path = disk.path.as_ref().filter(|_| !offered_disk.readonly)?;
+                let raw = disk.image_type != Some(ImageType::Qcow2);
+                let path = disk.path.as_ref().filter(|_| raw && offered_disk.is_replicated())?;
                 let copy = ShadowCopy::open(path, &offered.vm_id, &offered_disk.id, offered_disk.size);
                 Some(copy)
             })
             .collect();
-        let vm = Vm::new(config, Some(offered.vm_id.clone()), &self.context).map_err(|e| failed(&e))?;
-        let mut identity = identity(&vm).map_err(|e| failed(&e))?;
+        let shared = offered.disks.iter().filter(|disk| disk.shared.is_some());
+        let shared: Vec<String> = shared.map(|disk| disk.id.clone()).collect();
+        let vm = Vm::shadow(config, offered.vm_id.clone(), &self.context, &shared).map_err(|e| failed(&e))?;
+        disks::find_marks(&vm, offered)?;
+        let shared: Vec<_> = offered.disks.iter().map(|disk| disk.shared).collect();
+        let mut identity = identity(&vm, &shared).map_err(|e| failed(&e))?;
         // Paths and taps differ by host; what counts is compared field by field.
         identity.config.clone_from(&offered.config);
         Ok(Box::new(VmShadow {
             vm,
             identity,
             copies,
+            claimed: false,
             adopt: self.adopt.clone(),
             kept: self.kept.clone(),
         }))
@@ -141,6 +157,8 @@ struct VmShadow {
     identity: Identity,
     /// What the disks are copies of; none for those that are not copied.
     copies: Vec<Option<ShadowCopy>>,
+    /// The locks of shared disks were taken.
+    claimed: bool,
     adopt: Adopt,
     kept: Kept,
 }
@@ -240,28 +258,25 @@ impl Shadow for VmShadow {
     }
 
     fn apply_disk(&mut self, disk: u16, change: &DiskChange) -> Result<(), MachineError> {
-        let range = match change {
-            DiskChange::Write { offset, data } => Some((*offset, data.len() as u64)),
-            DiskChange::Zero { offset, len, .. } => Some((*offset, *len)),
-            DiskChange::Flush => None,
-        };
-        if let Some((offset, len)) = range {
-            self.image(disk, offset, len)?;
-            if let Some(Some(copy)) = self.copies.get_mut(usize::from(disk)) {
-                copy.before_write(offset, len);
-            }
+        let (offset, len) = change.range();
+        let image = self.image(disk, offset, len)?;
+        let index = usize::from(disk);
+        let shared = self.identity.disks.get(index).is_some_and(|d| d.shared.is_some());
+        if shared && !self.claimed && !matches!(change, DiskChange::Check { .. }) {
+            return Err(machine_error("a shared disk is the primary's until its lock is taken"));
         }
-        let changed = match change {
-            DiskChange::Write { offset, data } => {
-                let image = self.image(disk, *offset, data.len() as u64)?;
-                image.write_at(*offset, data)
-            }
-            DiskChange::Zero { offset, len, unmap } => {
-                self.image(disk, *offset, *len)?.write_zeroes(*offset, *len, *unmap)
-            }
-            DiskChange::Flush => self.image(disk, 0, 0)?.flush(),
-        };
-        changed.map_err(machine_error)
+        if let (DiskChange::Write { .. } | DiskChange::Zero { .. }, Some(Some(copy))) =
+            (change, self.copies.get_mut(index))
+        {
+            copy.before_write(offset, len);
+        }
+        disks::carry_out(image.as_ref(), change)
+    }
+
+    fn claim_disks(&mut self) -> Result<Option<String>, MachineError> {
+        let who = disks::claim(&self.vm)?;
+        self.claimed = who.is_none();
+        Ok(who)
     }
 
     fn activate(self: Box<Self>, takeover: Takeover) -> Result<Arc<dyn Protected>, MachineError> {
@@ -287,8 +302,8 @@ impl Shadow for VmShadow {
             .copies
             .into_iter()
             .map(|copy| copy.and_then(ShadowCopy::into_sidecar));
-        let histories = Arc::new(Histories::new(&vm, sidecars.collect()));
-        let protected = ProtectedVm::new(vm.clone(), histories.clone());
+        let histories = Arc::new(Histories::new(&vm, sidecars.collect(), &[]));
+        let protected = ProtectedVm::new(vm.clone(), histories.clone(), &[]);
         if let Some(session) = session {
             histories.all().for_each(|history| history.took_over(&session));
             histories.wrap(&vm);

@@ -150,7 +150,8 @@ pub struct Tls {
 pub struct Receive {
     /// Where to wait for the primary: tcp:HOST:PORT or unix:PATH
     pub listen: String,
-    /// This host's file for a disk of the VM: id=ID,path=FILE (made when it does not exist) [default: the primary's path]
+    /// This host's file for a disk of the VM: id=ID,path=FILE[,image_type=raw|qcow2] (made when it does not exist)
+    /// [default: the primary's path and format]
     #[arg(long, value_name = "SPEC", num_args = 1..)]
     pub disk: Vec<String>,
     /// This host's tap for a network device of the VM: id=ID,tap=NAME [default: the primary's name]
@@ -194,6 +195,10 @@ pub struct Enable {
     /// power cut of both; flushes then wait for the backup's disk)
     #[arg(long, value_name = "POLICY", default_value = "memory-of-both", value_parser = ["memory-of-both", "disk-of-both"])]
     pub durability: String,
+    /// Id of a disk whose file or block device both hosts see (NFS, SAN): it is not copied, and nothing is written to it
+    /// before the backup has it too; may be given several times. The backup's path is that of `ft receive --disk`
+    #[arg(long = "shared-disk", value_name = "ID")]
+    pub shared_disks: Vec<String>,
     /// What becomes of a backup whose RAM or disk the audit finds to differ from the primary's: stop (it ends, the VM goes
     /// on unprotected) or repair (the place is copied anew; the VM is not protected until then)
     #[arg(long, value_name = "POLICY", default_value = "stop", value_parser = ["stop", "repair"])]

@@ -106,6 +106,8 @@ pub enum Event {
     Failover,
     /// New limits (the shell sends them to the backup right after this event).
     SetLimits(Limits),
+    /// The held changes of shared disks of all epochs up to this one are on the disks, and flushed.
+    Written(u64),
 }
 
 /// What to do.
@@ -117,6 +119,8 @@ pub enum Action {
     Resume,
     /// Let the outputs of all epochs up to this one leave.
     Release(u64),
+    /// Carry out the held changes of shared disks of all epochs up to this one, in order, then [`Event::Written`].
+    Write(u64),
     /// Let the guest run this share of the time ([`PrimaryState::throttle`] tells it too).
     Throttle(u8),
     /// Tell the backup.
@@ -189,6 +193,7 @@ pub struct PrimaryState {
     in_flight: VecDeque<(u64, u64)>,
     committed: u64,
     released: u64,
+    shared: Option<Shared>,
     running_bytes: u64,
     output: bool,
     checkpointing: bool,
@@ -220,6 +225,19 @@ impl Damage {
     }
 }
 
+/// Disks that the backup's host sees too: their changes are outputs (R1, R3).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+struct Shared {
+    /// Other outputs of an epoch wait for them (R5, `disk-of-both`).
+    durable: bool,
+    /// Up to this epoch they were asked to be carried out.
+    asked: u64,
+    /// Up to this epoch they are on the disk.
+    written: u64,
+    /// Bytes of changes that are not on the disk.
+    held: u64,
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 enum Handover {
     No,
@@ -243,6 +261,7 @@ impl PrimaryState {
             in_flight: VecDeque::new(),
             committed: 0,
             released: 0,
+            shared: None,
             running_bytes: 0,
             output: false,
             checkpointing: false,
@@ -253,6 +272,25 @@ impl PrimaryState {
             lease: Lease::new(limits.timeout),
             armed_at: now,
             damage: Damage::default(),
+        }
+    }
+
+    /// The VM has shared disks. `durable`: outputs of an epoch wait until its changes of them are on the disk.
+    #[must_use]
+    pub fn with_shared_disks(mut self, durable: bool) -> Self {
+        self.shared = Some(Shared {
+            durable,
+            asked: 0,
+            written: 0,
+            held: 0,
+        });
+        self
+    }
+
+    /// Bytes of changes that wait for shared disks; to be told before each step.
+    pub fn note_held(&mut self, bytes: u64) {
+        if let Some(shared) = &mut self.shared {
+            shared.held = bytes;
         }
     }
 
@@ -289,6 +327,11 @@ impl PrimaryState {
         matches!(self.phase, Phase::Ended(_))
     }
 
+    /// The backup is lost, and it is open who goes on.
+    pub fn is_arbitrating(&self) -> bool {
+        matches!(self.phase, Phase::Arbitrating { .. })
+    }
+
     /// The last epoch whose outputs left.
     pub fn released(&self) -> u64 {
         self.released
@@ -304,9 +347,10 @@ impl PrimaryState {
         !matches!(self.phase, Phase::Ended(_) | Phase::Arbitrating { .. }) && self.lease.holds(now)
     }
 
-    /// Bytes of epochs that are not committed.
+    /// Bytes of epochs that are not committed, and of changes that are not on shared disks.
     pub fn lag(&self) -> u64 {
-        self.in_flight.iter().map(|(_, bytes)| bytes).sum::<u64>() + self.running_bytes
+        let uncommitted: u64 = self.in_flight.iter().map(|(_, bytes)| bytes).sum();
+        uncommitted + self.running_bytes + self.shared.map_or(0, |shared| shared.held)
     }
 
     /// Share of the time that the guest may run; 0 while it waits.
@@ -391,6 +435,7 @@ impl PrimaryState {
                     self.handover = Handover::Wanted;
                 }
             }
+            Event::Written(epoch) => self.has_written(epoch, now, &mut out),
             Event::SetLimits(limits) => {
                 self.limits = limits;
                 self.lease.set_timeout(limits.timeout, now);

@@ -106,11 +106,7 @@ impl PrimaryState {
                 if self.damage.sent_with.is_some_and(|with| with <= epoch) {
                     self.damage.sent_with = None;
                 }
-                if self.still && self.handover == Handover::No && self.lag() < self.limits.max_lag {
-                    self.still = false;
-                    self.pacing.restart(now);
-                    out.push(Action::Resume);
-                }
+                self.go_on(now, out);
             }
             FromBackup::Mismatch { places, what } => {
                 self.damage.places = self.damage.places.saturating_add(places as i64);
@@ -150,17 +146,48 @@ impl PrimaryState {
         self.release(now, out);
     }
 
+    /// The guest that stood still for want of room runs again when there is some.
+    fn go_on(&mut self, now: Nanos, out: &mut Vec<Action>) {
+        if self.still && self.handover == Handover::No && self.lag() < self.limits.max_lag {
+            self.still = false;
+            self.pacing.restart(now);
+            out.push(Action::Resume);
+        }
+    }
+
+    pub(super) fn has_written(&mut self, epoch: u64, now: Nanos, out: &mut Vec<Action>) {
+        let Some(shared) = &mut self.shared else { return };
+        shared.written = shared.written.max(epoch);
+        if !matches!(self.phase, Phase::Ended(_) | Phase::Arbitrating { .. }) {
+            self.go_on(now, out);
+            self.release(now, out);
+        }
+    }
+
     /// Outputs of committed epochs leave as long as the lease holds (R1, R4); after that, a handover may be offered.
     pub(super) fn release(&mut self, now: Nanos, out: &mut Vec<Action>) {
         if matches!(self.phase, Phase::Ended(_) | Phase::Arbitrating { .. }) {
             return;
         }
-        if self.committed > self.released && self.may_release(now) {
-            self.released = self.committed;
-            out.push(Action::Release(self.released));
+        let may = self.may_release(now);
+        let (mut ready, mut written) = (self.committed, u64::MAX);
+        if let Some(shared) = &mut self.shared {
+            written = shared.written;
+            if shared.durable {
+                ready = written;
+            }
+            if self.committed > shared.asked && may {
+                shared.asked = self.committed;
+                out.push(Action::Write(self.committed));
+            }
+        }
+        if ready > self.released && may {
+            self.released = ready;
+            out.push(Action::Release(ready));
         }
         if let (Handover::Last(epoch), Phase::Running) = (self.handover, &self.phase)
             && self.released >= epoch
+            && written >= epoch
         {
             self.phase = Phase::Offered {
                 deadline: now + ANSWER_TIMEOUT,

@@ -29,6 +29,7 @@ pub fn run(client: &Client, args: &Enable, json: bool) -> Result<()> {
         } else {
             FtDurability::MemoryOfBoth
         },
+        shared_disks: args.shared_disks.clone(),
         audit: if args.audit == FtAudit::Repair.name() {
             FtAudit::Repair
         } else {

@@ -74,6 +74,9 @@ pub fn table(info: &FtInfo) {
     row("committed", &info.committed.to_string());
     row("epochs in all", &info.epochs_total.to_string());
     row("flush durability", info.durability.name());
+    if !info.shared_disks.is_empty() {
+        row("shared disks", &info.shared_disks.join(", "));
+    }
     if info.state == FtState::Syncing {
         let p = &info.progress;
         let left = |left: u64, total: u64| format!("{} of {} left", bytes(left as f64), bytes(total as f64));
