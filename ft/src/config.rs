@@ -279,6 +279,8 @@ pub struct FtProgress {
     pub disk_bytes_remaining: u64,
     /// Size of all replicated disks.
     pub disk_bytes_total: u64,
+    /// Disk bytes that were not sent, because the backup's old copy has them for certain (primary).
+    pub disk_bytes_skipped: u64,
     /// Bytes per second, recent.
     pub rate: f64,
     /// Estimated seconds left.

@@ -6,6 +6,7 @@
 //! * [`core`]: the protocol, as state machines without I/O, clock or threads; the simulator drives the same ones;
 //! * [`wire`]: the log channel's format; [`transport`]: its addresses and sockets; [`outbox`]: who writes to them;
 //! * [`interposer`]: holds outputs (R1) and logs inputs and disk changes (R3, R8) on the primary;
+//! * [`copies`]: what the copies of a disk have in common, so that only differences are copied again (R3);
 //! * [`shared`], [`overlay`]: changes of disks that both hosts see, held until they may be written (R1, R3);
 //! * [`audit`]: compares the shadow's RAM and disks with the primary's while both run (R6);
 //! * [`arbiter`]: the register that decides who may run alone (R4);
@@ -18,6 +19,7 @@ pub mod arbiter;
 pub mod audit;
 pub mod backup;
 pub mod config;
+pub mod copies;
 pub mod core;
 pub mod error;
 pub mod event;

@@ -10,6 +10,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use crate::copies::{CopyClaim, Divergence, SessionId};
 use crate::interposer::Interposer;
 
 /// Guest page size in bytes.
@@ -192,10 +193,18 @@ pub trait Protected: Send + Sync {
     fn save_state(&self) -> Result<SavedState, MachineError>;
     /// Lets the guest run on.
     fn resume(&self) -> Result<(), MachineError>;
-    /// Puts the interposer between the devices and their backends. Only while paused.
-    fn attach(&self, interposer: Arc<Interposer>) -> Result<(), MachineError>;
-    /// Takes it away again. Only while paused.
+    /// Puts the interposer between the devices and their backends. Only while paused. What the disks are now is what this
+    /// session begins with: from here on blocks are remembered that the backup may not have (see [`crate::copies`]).
+    fn attach(&self, interposer: Arc<Interposer>, session: &SessionId) -> Result<(), MachineError>;
+    /// Takes it away again. Only while paused. Changed blocks are remembered further on.
     fn detach(&self) -> Result<(), MachineError>;
+    /// What is known of the copy of a disk that the last peer has. May be called while the VM runs: what is changed later
+    /// is in [`Protected::harvest_dirty_blocks`], if that was begun before.
+    fn divergence(&self, disk: u16) -> Option<Divergence>;
+    /// The peer's copy of a disk turned out to be something else than it claims.
+    fn refute(&self, disk: u16);
+    /// The backup has applied all epochs up to `applied`; `running` is the running one.
+    fn confirm(&self, applied: u64, running: u64);
     /// Lets outputs leave, in this order. Called by FT when their epoch is committed, or when the VM goes solo.
     fn release(&self, outputs: Vec<Output>);
     /// Carries out a change of a shared disk and waits for it. May be done again after an error.
@@ -206,8 +215,11 @@ pub trait Protected: Send + Sync {
     fn claim_disks(&self) -> Result<Option<String>, MachineError>;
     /// Lets the guest run only this share of the time, 1 to 100 percent.
     fn throttle(&self, run_percent: u8);
-    /// This side lost the arbitration, or roles were exchanged: the VM must not run on here. Only FT's last call.
+    /// This side lost the arbitration, or roles were exchanged: the VM must not run on here.
     fn stop(&self, reason: &str);
+    /// After [`Protected::stop`]: the disks are synced, and what is known of them is kept for the time when this side is to
+    /// be a backup. May take long. Only FT's last call.
+    fn close_disks(&self);
 }
 
 /// Why a backup does not take a VM.
@@ -245,6 +257,12 @@ pub struct Takeover {
 pub trait Shadow: Send {
     /// What this shadow is; FT refuses the pairing and names every difference to the offered identity.
     fn identity(&self) -> Identity;
+    /// What its copies of the disks are, before anything is written to them; in the order of the disks.
+    fn claims(&mut self) -> Vec<CopyClaim>;
+    /// A range of a disk was found to differ from the primary's: it is no proof of anything until the next session.
+    fn doubt(&mut self, disk: u16, offset: u64, len: u64);
+    /// The disks are those of the end of the session's first epoch: copies of that session's from now on.
+    fn synced(&mut self, session: &SessionId);
     /// Writes RAM; the range was checked against [`Identity::memory`]. Whole lines ([`crate::wire::lines::LINE`]).
     fn write_memory(&mut self, gpa: u64, data: &[u8]) -> Result<(), MachineError>;
     /// Reads RAM (audit).
@@ -261,6 +279,7 @@ pub trait Shadow: Send {
     /// gives the logged inputs to the guest again (R8), resumes. After this the VMM runs a normal VM, whose
     /// [`Protected`] side is returned.
     fn activate(self: Box<Self>, takeover: Takeover) -> Result<Arc<dyn Protected>, MachineError>;
-    /// The shadow is no longer needed.
-    fn discard(self: Box<Self>);
+    /// The shadow is no longer needed. With `close_disks` its disks are synced, so that what they are is known after a boot
+    /// of this host, too; that may take long.
+    fn discard(self: Box<Self>, close_disks: bool);
 }

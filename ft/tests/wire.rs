@@ -4,11 +4,12 @@
 
 use ft::audit::{ChunkSum, Mismatch, PageSum, Place};
 use ft::config::{FtAudit, FtDurability, FtLimits};
+use ft::copies::{BlockRun, CopyClaim, KnownCopy, SessionId, Side};
 use ft::core::staging::{Staging, StagingError};
 use ft::machine::{DiskChange, DiskIdentity, Identity, Input, Output, PAGE_SIZE, PageRun, Refusal, SharedDisk};
 use ft::reprotect::{MAX_SPARES, Reprotect};
 use ft::wire::frame::{EndMarker, Frame, OutFrame, encode};
-use ft::wire::hello::Hello;
+use ft::wire::hello::{Accept, Hello};
 use ft::wire::lines::PageLines;
 use ft::wire::reader::{FrameReader, ReadError};
 use ft::wire::{DecodeError, MAX_PAYLOAD, MAX_PIECE, header};
@@ -41,6 +42,29 @@ fn read_all(stream: &[u8]) -> (Vec<Frame>, ReadError) {
             Err(e) => return (frames, e),
         }
     }
+}
+
+fn claim() -> impl Strategy<Value = CopyClaim> {
+    let runs = vec((any::<u64>(), any::<u64>()), 0..5);
+    let known = (
+        "[a-z0-9-]{0,30}",
+        any::<u64>(),
+        any::<bool>(),
+        runs,
+        vec(any::<(u64, u32)>(), 0..5),
+    );
+    let known = known.prop_map(|(name, generation, primary, runs, sample)| {
+        CopyClaim::Known(KnownCopy {
+            session: SessionId { name, generation },
+            side: if primary { Side::Primary } else { Side::Backup },
+            doubtful: runs
+                .into_iter()
+                .map(|(first, count)| BlockRun { first, count })
+                .collect(),
+            sample,
+        })
+    });
+    prop_oneof![".{0,40}".prop_map(CopyClaim::Unknown), known]
 }
 
 fn identity() -> impl Strategy<Value = Identity> {
@@ -187,7 +211,7 @@ fn frame() -> impl Strategy<Value = Frame> {
         }),
         (any::<u64>(), vec(chunk_sum(), 1..17)).prop_map(|(epoch, sums)| Frame::DiskAudit { epoch, sums }),
         vec(mismatch(), 1..17).prop_map(Frame::Mismatch),
-        ".{0,40}".prop_map(Frame::Accept),
+        (".{0,40}", vec(claim(), 0..4)).prop_map(|(node, copies)| Frame::Accept(Box::new(Accept { node, copies }))),
         (".{0,40}", ".{0,40}").prop_map(|(code, message)| Frame::Refuse(Refusal { code, message })),
         (any::<u64>(), runs(3), any::<u8>()).prop_map(|(epoch, runs, fill)| {
             let pages: u64 = runs.iter().map(|run| run.count).sum();

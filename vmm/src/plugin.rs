@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use api::{ApiError, Request, Response};
+use api::{ApiError, Request, Response, VmConfig};
 
 use crate::vm::Vm;
 
@@ -11,6 +11,9 @@ use crate::vm::Vm;
 pub trait Plugin: Send + Sync {
     /// Serves the `vm.ft-*` requests. `vm` is this VMM's VM, if there is one.
     fn call(&self, request: Request, vm: Option<Arc<Vm>>) -> Result<Response, ApiError>;
+    /// A VM with this configuration is about to be made by its owner, not by FT: its disks will be written. An error: it
+    /// must not be made.
+    fn vm_begins(&self, config: &VmConfig) -> Result<(), String>;
     /// The VM is about to end by its owner's will (guest power-off, vm.shutdown, vm.delete): its outputs leave, and the
     /// backup is told that there is nothing to take over.
     fn vm_ends(&self, reason: &str);

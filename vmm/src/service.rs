@@ -256,6 +256,7 @@ impl Vmm {
             return Err(error(405, "vm_already_booted", "the VM is already running"));
         }
         self.emit("booting");
+        self.begins(&config)?;
         let vm = Vm::new(config, None, &self.context).map_err(internal)?;
         vm.boot().map_err(internal)?;
         // With the formats of its disks, so that they are the same at the next boot.
@@ -264,6 +265,11 @@ impl Vmm {
         drop(slot);
         self.emit("booted");
         Ok(Response::Empty)
+    }
+
+    fn begins(&self, config: &VmConfig) -> Result<(), ApiError> {
+        let told = self.plugin.as_ref().map(|plugin| plugin.vm_begins(config));
+        told.unwrap_or(Ok(())).map_err(internal)
     }
 
     fn pause(&self) -> Result<Response, ApiError> {
@@ -327,6 +333,7 @@ impl Vmm {
         let (config, state) = snapshot::load(&dir).map_err(|e| error(400, "bad_snapshot", e))?;
         config.validate().map_err(|e| error(400, "bad_snapshot", e))?;
         self.context.landlock.allow(&dir, Access::READ);
+        self.begins(&config)?;
         let vm = Vm::new(config.clone(), None, &self.context).map_err(internal)?;
         let loaded = snapshot::load_memory(&dir, vm.ram())
             .map_err(|e| error(400, "bad_snapshot", e))

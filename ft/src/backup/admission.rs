@@ -12,7 +12,7 @@ use crate::outbox::{Clock, Outbox, Stamp};
 use crate::primary::session::lock;
 use crate::transport::Stream;
 use crate::wire::frame::{Frame, encode};
-use crate::wire::hello::{Hello, compare};
+use crate::wire::hello::{Accept, Hello, compare};
 use crate::wire::reader::{FrameReader, ReadError};
 
 /// A primary says hello at once.
@@ -96,7 +96,7 @@ fn serve(
     clock: Clock,
     peer: &str,
 ) -> End {
-    let (arbiter, shadow) = match admit(shared, &hello) {
+    let (arbiter, mut shadow) = match admit(shared, &hello) {
         Ok(admitted) => admitted,
         Err(refusal) => {
             log::warn!("ft: {peer} refused: {refusal}");
@@ -108,7 +108,7 @@ fn serve(
     let node = match crate::primary::unique_name("backup") {
         Ok(node) => node,
         Err(e) => {
-            shadow.discard();
+            shadow.discard(false);
             answer(&outbox, Frame::Refuse(refuse("backup_failed", e.to_string())));
             return (Some(e.to_string()), None);
         }
@@ -116,8 +116,12 @@ fn serve(
     // Silence is watched from here on; a read or write may take as long as it takes.
     let stream = reader.get_ref();
     let open = stream.set_read_timeout(None).and(stream.set_write_timeout(None));
-    if let Err(e) = open.and_then(|()| outbox.write_now(&encode(&Frame::Accept(node.clone())))) {
-        shadow.discard();
+    let accept = Frame::Accept(Box::new(Accept {
+        node: node.clone(),
+        copies: shadow.claims(),
+    }));
+    if let Err(e) = open.and_then(|()| outbox.write_now(&encode(&accept))) {
+        shadow.discard(false);
         return (Some(format!("{peer} hung up: {e}")), None);
     }
     log::info!("ft: {peer} accepted as primary of VM {}", hello.identity.vm_id);
@@ -169,7 +173,7 @@ fn admit(shared: &Shared, hello: &Hello) -> Result<(Arc<dyn Arbiter>, Box<dyn Sh
     }
     let shadow = shared.host.create_shadow(&hello.identity)?;
     if let Err(refusal) = compare(&hello.identity, &shadow.identity()) {
-        shadow.discard();
+        shadow.discard(false);
         return Err(refusal);
     }
     Ok((arbiter, shadow))

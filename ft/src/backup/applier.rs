@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::session::Session;
-use crate::audit;
+use crate::audit::{self, Place};
 use crate::core::Nanos;
 use crate::core::backup::{Compared, Event, MAX_REPAIRS};
 use crate::core::staging::StagedEpoch;
@@ -148,17 +148,25 @@ fn apply(session: &Session, shadow: &mut dyn Shadow, epoch: u64, staged: &Staged
             shadow.apply_disk(disk as u16, &DiskChange::Flush)?;
         }
     }
+    if epoch == 1 {
+        shadow.synced(&session.id());
+    }
     Ok(())
 }
 
 /// Compares the shadow with an epoch's checksums; the epoch is applied.
-fn compare(session: &Session, shadow: &dyn Shadow, staged: &StagedEpoch) -> Result<Compared, MachineError> {
+fn compare(session: &Session, shadow: &mut dyn Shadow, staged: &StagedEpoch) -> Result<Compared, MachineError> {
     let (pages, chunks) = (&staged.audit, &staged.disk_audit);
     let disks = &session.hello.identity.disks;
     let (wrong, right) = audit::compare(shadow, disks, pages, chunks)?;
     lock(&session.measures).audit.add(pages, chunks);
     for mismatch in wrong.iter().take(MAX_REPAIRS) {
         log::error!("ft: {}", audit::describe(std::slice::from_ref(mismatch), disks));
+    }
+    for mismatch in &wrong {
+        if let Place::Chunk { disk, offset, len } = mismatch.place {
+            shadow.doubt(disk, offset, len.into());
+        }
     }
     let (what, anew) = (audit::describe(&wrong, disks), staged.anew);
     let right = if anew { right } else { Vec::new() };
@@ -225,7 +233,7 @@ pub(super) fn run(session: &Arc<Session>, jobs: &crossbeam_channel::Receiver<Job
         }
     }
     if let Some(shadow) = lock(&session.shadow).take() {
-        shadow.discard();
+        shadow.discard(session.closes_disks());
     }
 }
 
@@ -233,13 +241,13 @@ fn activate(session: &Session, epoch: u64) -> Result<(), MachineError> {
     let missing = || MachineError(format!("the state of epoch {epoch} is missing"));
     let mut shadow = lock(&session.shadow).take().ok_or_else(missing)?;
     if let Err(e) = claim(session, shadow.as_mut()) {
-        shadow.discard();
+        shadow.discard(false);
         return Err(e);
     }
     let inputs = lock(&session.staging).take_uncommitted_inputs(epoch);
     let taken = lock(&session.checkpoints).take(epoch, session.released(), session.clock.now());
     let Some(taken) = taken else {
-        shadow.discard();
+        shadow.discard(false);
         return Err(missing());
     };
     log::info!(
@@ -251,7 +259,7 @@ fn activate(session: &Session, epoch: u64) -> Result<(), MachineError> {
     // Some may be there already, from the primary; the disk ends up the same (R3).
     for (disk, change) in &taken.shared {
         if let Err(e) = shadow.apply_disk(*disk, change) {
-            shadow.discard();
+            shadow.discard(false);
             return Err(e);
         }
     }

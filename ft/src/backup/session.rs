@@ -14,6 +14,7 @@ use super::applier::{self, Checkpoint, Checkpoints, Job};
 use super::report::Measures;
 use crate::arbiter::{Arbiter, answer_of};
 use crate::config::{FtAudit, FtDurability, FtInfo, FtLimits, FtRole, FtState};
+use crate::copies::SessionId;
 use crate::core::backup::{Action, BackupState, Event, FromPrimary, ToPrimary};
 use crate::core::ms;
 use crate::core::staging::Staging;
@@ -72,6 +73,8 @@ pub(super) struct Session {
     /// Notified when the session is over, when the receiver ends, and when the threads are to end.
     ended: Condvar,
     received_all: AtomicBool,
+    /// It was told to leave.
+    leaves: AtomicBool,
     quit: AtomicBool,
     events: EventSink,
 }
@@ -112,6 +115,7 @@ impl Session {
             over: Mutex::new(false),
             ended: Condvar::new(),
             received_all: AtomicBool::new(false),
+            leaves: AtomicBool::new(false),
             quit: AtomicBool::new(false),
             events: parts.events,
         };
@@ -187,6 +191,9 @@ impl Session {
 
     /// Steps the core and does what it wants.
     pub(super) fn feed(self: &Arc<Self>, event: Event) {
+        if matches!(event, Event::Leave(_)) {
+            self.leaves.store(true, Ordering::SeqCst);
+        }
         let mut core = lock(&self.core);
         let actions = core.step(event, self.clock.now());
         self.announce(&core);
@@ -278,6 +285,20 @@ impl Session {
             heard: self.heard.load(Ordering::Acquire),
             reason,
         });
+    }
+
+    /// The disks are to be synced at the end. Not when this backup only waits for the next primary: it would let it wait.
+    pub(super) fn closes_disks(&self) -> bool {
+        let state = lock(&self.core).status().state;
+        self.leaves.load(Ordering::SeqCst) || matches!(state, FtState::Stopped | FtState::Failed)
+    }
+
+    /// This session, in the history of the disks.
+    pub(super) fn id(&self) -> SessionId {
+        SessionId {
+            name: self.hello.node.clone(),
+            generation: self.hello.generation,
+        }
     }
 
     /// Flushes must reach this host's disks.

@@ -88,6 +88,7 @@ impl Controller {
             anew: anew.places(),
         });
         self.perform_first(&Action::Resume);
+        session.confirm(cut.epoch + 1);
         let pause = begin.elapsed();
         {
             let mut metrics = lock(&session.metrics);

@@ -35,6 +35,8 @@ pub(super) struct Controller {
     paused: bool,
     tracking: bool,
     attached: bool,
+    /// The VM was stopped for good.
+    stopped: bool,
     /// The last action was done: nothing more to do.
     done: bool,
 }
@@ -61,6 +63,7 @@ pub(super) fn run(session: &Arc<Session>) {
         paused: false,
         tracking: false,
         attached: false,
+        stopped: false,
         done: false,
     };
     if let Err(e) = controller.begin() {
@@ -68,6 +71,9 @@ pub(super) fn run(session: &Arc<Session>) {
     }
     controller.serve();
     session.finish();
+    if controller.stopped {
+        session.machine.close_disks();
+    }
 }
 
 /// Why protection did not begin.
@@ -113,7 +119,8 @@ impl Controller {
         let begin = Instant::now();
         self.pause()?;
         precopy::last_pass(self, pending)?;
-        self.session.machine.attach(self.session.interposer.clone())?;
+        let session = &self.session;
+        session.machine.attach(session.interposer.clone(), &session.id)?;
         self.attached = true;
         self.session.vouch_for_disks()?;
         if !lock(&self.session.core).begin_first_checkpoint() {
@@ -261,6 +268,7 @@ impl Controller {
         self.session.give_disks_up();
         self.session.machine_stopped();
         drop(self.session.interposer.close());
+        self.stopped = true;
         self.done = true;
     }
 

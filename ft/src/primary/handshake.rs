@@ -194,15 +194,18 @@ fn shake_hands(identity: Identity, config: FtEnableConfig, events: EventSink, ca
         .map_err(|e| failed(e.to_string()))?;
     let mut reader = FrameReader::new(stream);
     let (_, answer) = reader.next(&mut || ()).map_err(|e| failed(e.to_string()))?;
-    match answer {
-        Frame::Accept(backup) => log::info!("ft: backup {backup} at {} accepted", config.peer),
+    let copies = match answer {
+        Frame::Accept(accept) => {
+            log::info!("ft: backup {} at {} accepted", accept.node, config.peer);
+            accept.copies
+        }
         Frame::Refuse(refusal) => return Err(refusal.into()),
         other => {
             return Err(failed(
                 format!("it answered with {other:?}").chars().take(200).collect(),
             ));
         }
-    }
+    };
     drop(mark);
     let stream = reader.get_ref();
     let timeouts = stream.set_write_timeout(None).and(stream.set_read_timeout(None));
@@ -216,6 +219,7 @@ fn shake_hands(identity: Identity, config: FtEnableConfig, events: EventSink, ca
         transport,
         generation,
         durability: config.durability,
+        copies,
         audit: config.audit,
         limits: config.limits,
         outbox,

@@ -6,7 +6,7 @@
 //! * `controller`: the thread that copies (pre-copy, checkpoints) and that alone pauses and resumes the VM;
 //! * `precopy`, `checkpoint`: what it does in the two stages; `repair`: what it sends anew;
 //! * `disks`: the thread that writes to shared disks what may be written;
-//! * `metrics`: measures for `ft info`.
+//! * `metrics`: measures for `ft info`; `report`: what is told of a session.
 //!
 //! Threads: controller; sender (writes what device workers post); receiver (acknowledgements: it releases outputs
 //! itself, so that nobody has to be woken); disks (if any are shared); pulse (heartbeats, silence, retries); audit (reads
@@ -22,6 +22,7 @@ mod handshake;
 pub mod metrics;
 pub mod precopy;
 mod repair;
+mod report;
 pub mod session;
 mod stage;
 

@@ -1,7 +1,8 @@
 //! Pre-copy: RAM and disks go to the backup while the guest runs, in passes, until little is left.
 //!
 //! The first pass sends everything (RAM pages that are zero are left out: a fresh shadow's RAM is zero; zero disk
-//! blocks are sent as such, for the backup's file may hold anything). Each further pass sends what changed meanwhile.
+//! blocks are sent as such, for the backup's file may hold anything). Of a disk whose old copy the backup has for certain
+//! it sends only what differs ([`crate::copies`]). Each further pass sends what changed meanwhile.
 //! When passes stop shrinking, the guest is slowed down; in the end it is paused for the last pass.
 
 use std::io;
@@ -11,6 +12,7 @@ use std::time::{Duration, Instant};
 use super::controller::{BeginError, Controller};
 use super::session::lock;
 use super::stage::pages;
+use crate::copies::{self, BlockMap, BlockRun, CopyClaim};
 use crate::machine::{DiskChange, PAGE_SIZE, PageRun};
 use crate::wire::frame::{self, OutFrame};
 
@@ -80,12 +82,21 @@ pub(super) fn run(c: &mut Controller) -> Result<Pending, BeginError> {
                 count: size / PAGE_SIZE as u64,
             })
             .collect(),
-        disks: disks.iter().map(|(disk, size)| (*disk, 0, *size)).collect(),
+        disks: Vec::new(),
     };
+    let mut skipped = 0;
+    for (disk, size) in &disks {
+        let ranges = first_ranges(c, *disk, *size)?;
+        skipped += size - ranges.iter().map(|(_, len)| len).sum::<u64>();
+        pending
+            .disks
+            .extend(ranges.into_iter().map(|(offset, len)| (*disk, offset, len)));
+    }
     {
         let progress = &mut lock(&session.metrics).progress;
         progress.ram_bytes_total = ram_total;
         progress.disk_bytes_total = disks.iter().map(|(_, size)| size).sum();
+        progress.disk_bytes_skipped = skipped;
     }
     let mut pace = Pace {
         began: Instant::now(),
@@ -133,6 +144,57 @@ fn copied(c: &Controller) -> impl Iterator<Item = (u16, u64)> {
         .zip(disks)
         .filter(|(_, disk)| disk.is_replicated())
         .map(|(i, disk)| (i, disk.size))
+}
+
+/// (offset, length) of what must be copied of a disk at first: all of it, if it is not certain that less suffices.
+fn first_ranges(c: &mut Controller, disk: u16, size: u64) -> Result<Vec<(u64, u64)>, BeginError> {
+    let session = c.session.clone();
+    let id = &session.identity.disks[usize::from(disk)].id;
+    let claim = session.copies.get(usize::from(disk));
+    let mut found = copies::plan(session.machine.divergence(disk), claim, size);
+    if let (Ok(blocks), Some(CopyClaim::Known(claim))) = (&found, claim)
+        && let Some(block) = unlike_sample(c, disk, size, blocks, &claim.sample)?
+    {
+        session.machine.refute(disk);
+        found = Err(format!("block {block} of the backup's copy is not what it should be"));
+    }
+    let (ranges, reason): (Vec<(u64, u64)>, String) = match found {
+        Ok(blocks) => {
+            let ranges = blocks.runs().into_iter().map(|run| copies::bytes_of(run, size));
+            (ranges.collect(), String::new())
+        }
+        Err(reason) => (vec![(0, size)], reason.chars().take(500).collect()),
+    };
+    let bytes: u64 = ranges.iter().map(|(_, len)| len).sum();
+    session.tell_copy(id, bytes, size - bytes, reason);
+    Ok(ranges)
+}
+
+/// The first block of the backup's sample that it need not get, and does not have.
+fn unlike_sample(
+    c: &mut Controller,
+    disk: u16,
+    size: u64,
+    differing: &BlockMap,
+    sample: &[(u64, u32)],
+) -> Result<Option<u64>, BeginError> {
+    let machine = c.session.machine.clone();
+    for (block, sum) in sample.iter().filter(|(block, _)| !differing.contains(*block)) {
+        let (offset, len) = copies::bytes_of(
+            BlockRun {
+                first: *block,
+                count: 1,
+            },
+            size,
+        );
+        let content = c.stage.scratch(len as usize);
+        machine.read_disk(disk, offset, content)?;
+        // What the guest changes meanwhile was marked before.
+        if crc32c::crc32c(content) != *sum && !machine.divergence(disk).is_some_and(|d| d.changed.contains(*block)) {
+            return Ok(Some(*block));
+        }
+    }
+    Ok(None)
 }
 
 fn harvest(c: &mut Controller) -> Result<Pending, BeginError> {

@@ -12,11 +12,12 @@ use sandbox::ThreadKind;
 
 use crate::arbiter::{Arbiter, answer_of};
 use crate::audit::disk::DiskAudit;
-use crate::config::{FtAudit, FtDurability, FtInfo, FtLimits, FtRole, FtState};
+use crate::config::{FtAudit, FtDurability, FtLimits, FtRole, FtState};
+use crate::copies::{CopyClaim, SessionId};
 use crate::core::arbitration::Answer;
 use crate::core::primary::{Action, Event, FromBackup, PrimaryState, ToBackup};
 use crate::core::{MAX_IN_FLIGHT, Nanos};
-use crate::event::{EventSink, Status, announce, joined};
+use crate::event::{EventSink, Status, announce};
 use crate::interposer::Interposer;
 use crate::machine::{Identity, Protected};
 use crate::outbox::{Clock, Outbox};
@@ -50,6 +51,8 @@ pub struct SessionParts {
     pub(super) durability: FtDurability,
     pub(super) audit: FtAudit,
     pub(super) generation: u64,
+    /// What the backup's copies of the disks are.
+    pub(super) copies: Vec<CopyClaim>,
     pub(super) limits: FtLimits,
     pub(super) outbox: Outbox,
     pub(super) clock: Clock,
@@ -79,11 +82,14 @@ pub struct Session {
     pub(super) machine: Arc<dyn Protected>,
     pub(super) identity: Identity,
     arbiter: Arc<dyn Arbiter>,
-    arbiter_description: String,
+    pub(super) arbiter_description: String,
     node: String,
-    peer: String,
-    transport: String,
-    durability: FtDurability,
+    pub(super) peer: String,
+    pub(super) transport: String,
+    pub(super) durability: FtDurability,
+    /// This session, in the history of the disks.
+    pub(super) id: SessionId,
+    pub(super) copies: Vec<CopyClaim>,
     pub(super) audit: FtAudit,
     pub(super) repairs: Repairs,
     pub(super) core: Mutex<PrimaryState>,
@@ -96,6 +102,8 @@ pub struct Session {
     pub(super) interposer: Arc<Interposer>,
     pub(super) clock: Clock,
     heard: AtomicU64,
+    /// The last epoch that the backup applied, as far as it told.
+    applied: AtomicU64,
     pub(super) mailbox: Mutex<Mailbox>,
     /// Wakes the controller.
     changed: Condvar,
@@ -109,8 +117,8 @@ pub struct Session {
     pub(super) metrics: Mutex<Metrics>,
     pub(super) quit: AtomicBool,
     received_all: AtomicBool,
-    events: EventSink,
-    reprotect: Option<Reprotect>,
+    pub(super) events: EventSink,
+    pub(super) reprotect: Option<Reprotect>,
 }
 
 impl Session {
@@ -136,10 +144,15 @@ impl Session {
                 identity: parts.identity,
                 arbiter: parts.arbiter,
                 arbiter_description: parts.arbiter_description,
+                id: SessionId {
+                    name: parts.node.clone(),
+                    generation: parts.generation,
+                },
                 node: parts.node,
                 peer: parts.peer,
                 transport: parts.transport,
                 durability: parts.durability,
+                copies: parts.copies,
                 audit: parts.audit,
                 repairs: Repairs::default(),
                 core: Mutex::new(core),
@@ -151,6 +164,7 @@ impl Session {
                 interposer,
                 clock: parts.clock,
                 heard: AtomicU64::new(now),
+                applied: AtomicU64::new(0),
                 mailbox: Mutex::default(),
                 changed: Condvar::new(),
                 ended: Condvar::new(),
@@ -364,6 +378,14 @@ impl Session {
         }
     }
 
+    /// Lets the machine forget which blocks of its disks were changed in epochs that the backup has applied. While epoch
+    /// `running` runs, from the thread that ends it.
+    pub(super) fn confirm(&self, running: u64) {
+        let committed = lock(&self.core).committed();
+        self.machine
+            .confirm(self.applied.load(Ordering::Acquire).min(committed), running);
+    }
+
     fn ask(self: &Arc<Self>, expected: u64) {
         // This side stops; a win would keep the other from going on.
         if self.quit.load(Ordering::SeqCst) {
@@ -407,6 +429,7 @@ impl Session {
                 Ok(got) => got,
                 Err(e) => return self.feed(Event::PeerLost(format!("log channel: {e}"))),
             };
+            self.applied.fetch_max(envelope.mark, Ordering::AcqRel);
             let message = match frame {
                 Frame::Heartbeat => FromBackup::Heartbeat,
                 Frame::Ack(epoch) => FromBackup::Ack(epoch),
@@ -464,35 +487,5 @@ impl Session {
             self.feed(Self::TICK);
             self.wait_end(Duration::from_nanos((heartbeat / 2).min(timeout / 8)));
         }
-    }
-
-    /// The report.
-    pub(super) fn info(&self) -> FtInfo {
-        let mut info = FtInfo::disabled();
-        lock(&self.metrics).report(&mut info);
-        (info.audit.policy, info.audit.disk_rounds) = (self.audit, self.log.audit.rounds());
-        let status = self.status();
-        let mut core = lock(&self.core);
-        core.note_held(self.interposer.unwritten());
-        (info.lag_bytes, info.run_percent) = (core.lag(), core.percent());
-        drop(core);
-        info.role = if status.state == FtState::Disabled {
-            FtRole::None
-        } else {
-            FtRole::Primary
-        };
-        info.state = status.state;
-        info.reason = joined(status.reason, self.disks.trouble());
-        info.shared_disks = self.disks.ids();
-        (info.generation, info.epoch, info.committed) = (status.generation, status.epoch, status.committed);
-        info.peer = Some(self.peer.clone());
-        info.transport = Some(self.transport.clone());
-        info.durability = self.durability;
-        info.arbiter = Some(self.arbiter_description.clone());
-        info.limits = lock(&self.limits).clone();
-        (info.outputs_waiting, _) = self.interposer.waiting();
-        info.bytes_sent = self.outbox.bytes_written();
-        info.tell_spares(self.reprotect.as_ref());
-        info
     }
 }

@@ -317,7 +317,7 @@ pub fn decode(kind: u8, flags: u8, payload: Vec<u8>) -> Result<Frame, DecodeErro
             }
             Ok(Frame::Hello(Box::new(hello)))
         }
-        Kind::Accept => owned("accept", &payload).map(Frame::Accept),
+        Kind::Accept => owned("accept", &payload).map(|accept| Frame::Accept(Box::new(accept))),
         Kind::Refuse => owned("refuse", &payload).map(Frame::Refuse),
         Kind::Pages => pages(flags, payload),
         Kind::Lines => lines(flags, payload),

@@ -7,7 +7,7 @@ use std::borrow::Cow;
 
 use serde::{Deserialize, Serialize};
 
-use super::hello::Hello;
+use super::hello::{Accept, Hello};
 use super::lines::PageLines;
 use super::{MAX_PIECE, header};
 use crate::audit::{ChunkSum, Mismatch, PageSum};
@@ -140,8 +140,8 @@ pub enum Frame {
     Heartbeat,
     /// First frame of the primary.
     Hello(Box<Hello>),
-    /// The backup takes the VM; its node id.
-    Accept(String),
+    /// The backup takes the VM.
+    Accept(Box<Accept>),
     /// The backup does not.
     Refuse(Refusal),
     /// RAM pages. Epoch 0: pre-copy, to be applied at once.
@@ -462,7 +462,7 @@ pub fn encode(frame: &Frame) -> Vec<OutFrame<'static>> {
     match frame {
         Frame::Heartbeat => one(OutFrame::new(Kind::Heartbeat, 0, Vec::new(), Cow::Borrowed(&[]))),
         Frame::Hello(hello) => one(OutFrame::postcard(Kind::Hello, hello)),
-        Frame::Accept(node) => one(OutFrame::postcard(Kind::Accept, node)),
+        Frame::Accept(accept) => one(OutFrame::postcard(Kind::Accept, accept)),
         Frame::Refuse(refusal) => one(OutFrame::postcard(Kind::Refuse, refusal)),
         Frame::Pages { epoch, runs, data } => one(OutFrame::new(
             Kind::Pages,

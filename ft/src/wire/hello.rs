@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::config::{FtAudit, FtDurability, FtLimits};
+use crate::copies::CopyClaim;
 use crate::machine::{DiskIdentity, Identity, Refusal};
 use crate::reprotect::Reprotect;
 
@@ -29,6 +30,15 @@ pub struct Hello {
     pub reprotect: Option<Reprotect>,
     /// What becomes of a shadow that differs.
     pub audit: FtAudit,
+}
+
+/// The backup's answer when it takes the VM.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Accept {
+    /// The backup's name in the arbiter.
+    pub node: String,
+    /// What its copies of the disks are, in the order of the disks.
+    pub copies: Vec<CopyClaim>,
 }
 
 /// Two hosts' TSC frequencies may differ by one part in so many: the kernel measures them anew at each boot.

@@ -11,7 +11,8 @@ use std::time::{Duration, Instant};
 use ft::config::*;
 use ft::{Backup, EventSink, Primary};
 
-use crate::fake::{FakeHost, FakeVm, HostRef, lock};
+use crate::fake::{FakeVm, lock};
+use crate::host::{FakeHost, HostRef};
 
 /// A relay in front of the backup.
 pub struct Relay {

@@ -5,9 +5,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 
+use ft::copies::{Divergence, SessionId};
 use ft::interposer::Interposer;
 use ft::machine::*;
-use ft::wire::lines::LINE;
+
+use crate::image::Image;
 
 use crate::san::{DISK, San};
 
@@ -33,8 +35,8 @@ pub struct FakeVm {
     pub identity: Identity,
     /// Its name at the shared disk.
     pub number: u64,
-    san: Mutex<Option<Arc<San>>>,
-    contents: Mutex<Contents>,
+    pub san: Mutex<Option<Arc<San>>>,
+    pub contents: Mutex<Contents>,
     gate: Mutex<Gate>,
     moved: Condvar,
     dirty: Mutex<BTreeSet<u64>>,
@@ -49,6 +51,8 @@ pub struct FakeVm {
     pub tracking: Mutex<bool>,
     pub fail_save: Mutex<Option<String>>,
     pub throttled: Mutex<Vec<u8>>,
+    /// The image of disk 0, if it has one.
+    pub image: Mutex<Option<Image>>,
     /// How long each call of `release` takes after its outputs left.
     pub slow_release: Mutex<Duration>,
 }
@@ -117,6 +121,7 @@ impl FakeVm {
             tracking: Mutex::new(false),
             fail_save: Mutex::default(),
             throttled: Mutex::default(),
+            image: Mutex::default(),
             slow_release: Mutex::default(),
         })
     }
@@ -129,7 +134,7 @@ impl FakeVm {
         vm
     }
 
-    fn san(&self) -> Option<Arc<San>> {
+    pub fn san(&self) -> Option<Arc<San>> {
         lock(&self.san).clone()
     }
 
@@ -170,7 +175,7 @@ impl FakeVm {
         self.change_shared(&DiskChange::Flush)
     }
 
-    fn offset(&self, gpa: u64, len: usize) -> Result<usize, MachineError> {
+    pub fn offset(&self, gpa: u64, len: usize) -> Result<usize, MachineError> {
         let mut base = 0;
         for (start, size) in &self.identity.memory {
             if gpa >= *start && gpa + len as u64 <= start + size {
@@ -280,6 +285,10 @@ impl FakeVm {
 
     pub fn write_disk(&self, offset: u64, data: &[u8]) -> bool {
         self.run(|vm| {
+            vm.change_image(&DiskChange::Write {
+                offset,
+                data: data.to_vec(),
+            });
             lock(&vm.contents).disks[0][offset as usize..][..data.len()].copy_from_slice(data);
             match lock(&vm.interposer).clone() {
                 Some(i) => i.log_disk(
@@ -298,6 +307,12 @@ impl FakeVm {
         .is_some()
     }
 
+    fn change_image(&self, change: &DiskChange) {
+        if let Some(image) = &*lock(&self.image) {
+            image.change(change);
+        }
+    }
+
     /// The guest flushes its disk, and tells the world.
     pub fn flush_and_send(&self) {
         let flushed = self.run(|vm| {
@@ -312,6 +327,8 @@ impl FakeVm {
 
     pub fn zero_disk(&self, offset: u64, len: u64) {
         self.run(|vm| {
+            let unmap = true;
+            vm.change_image(&DiskChange::Zero { offset, len, unmap });
             lock(&vm.contents).disks[0][offset as usize..][..len as usize].fill(0);
             match lock(&vm.interposer).clone() {
                 Some(i) => i.log_disk(
@@ -421,8 +438,11 @@ impl Protected for FakeVm {
         Ok(())
     }
 
-    fn attach(&self, interposer: Arc<Interposer>) -> Result<(), MachineError> {
+    fn attach(&self, interposer: Arc<Interposer>, session: &SessionId) -> Result<(), MachineError> {
         assert!(self.is_paused());
+        if let Some(image) = &*lock(&self.image) {
+            image.history.begin(session);
+        }
         assert!(lock(&self.interposer).replace(interposer).is_none());
         Ok(())
     }
@@ -430,7 +450,32 @@ impl Protected for FakeVm {
     fn detach(&self) -> Result<(), MachineError> {
         assert!(self.is_paused());
         assert!(lock(&self.interposer).take().is_some());
+        if let Some(image) = &*lock(&self.image) {
+            image.history.go_alone();
+        }
         Ok(())
+    }
+
+    fn divergence(&self, disk: u16) -> Option<Divergence> {
+        assert_eq!(disk, 0);
+        lock(&self.image).as_ref()?.history.divergence()
+    }
+
+    fn refute(&self, _disk: u16) {
+        lock(&self.image).as_ref().unwrap().history.refute();
+    }
+
+    fn confirm(&self, applied: u64, running: u64) {
+        if let Some(image) = &*lock(&self.image) {
+            image.history.confirm(applied, running);
+        }
+    }
+
+    fn close_disks(&self) {
+        assert!(self.stop_reason().is_some());
+        if let Some(image) = &*lock(&self.image) {
+            image.close();
+        }
     }
 
     fn release(&self, outputs: Vec<Output>) {
@@ -466,141 +511,5 @@ impl Protected for FakeVm {
         self.hold();
         lock(&self.gate).stopped = Some(reason.to_string());
         self.moved.notify_all();
-    }
-}
-
-/// Builds shadows; keeps the VMs that takeovers made.
-pub struct FakeHost {
-    /// What its shadows are; `None`: what is offered.
-    pub identity: Mutex<Option<Identity>>,
-    /// Its disk's content before.
-    pub old_disk: Mutex<u8>,
-    shadow: Mutex<Option<Arc<FakeVm>>>,
-    pub live: Mutex<Vec<Arc<FakeVm>>>,
-    pub discarded: Mutex<u32>,
-    pub fail_activation: Mutex<bool>,
-    pub fail_apply: Arc<Mutex<bool>>,
-    /// The disk's eighth byte is not what is written there.
-    pub stuck_disk: Mutex<bool>,
-    pub slow_apply: Arc<Mutex<Duration>>,
-    /// The disk that the primary sees too.
-    pub san: Mutex<Option<Arc<San>>>,
-    /// Disks that were flushed.
-    pub flushes: Mutex<Vec<u16>>,
-}
-
-impl FakeHost {
-    pub fn new() -> Arc<Self> {
-        Arc::new(Self {
-            identity: Mutex::default(),
-            old_disk: Mutex::new(0xdd),
-            shadow: Mutex::default(),
-            live: Mutex::default(),
-            discarded: Mutex::default(),
-            fail_activation: Mutex::default(),
-            fail_apply: Arc::default(),
-            stuck_disk: Mutex::default(),
-            slow_apply: Arc::default(),
-            san: Mutex::default(),
-            flushes: Mutex::default(),
-        })
-    }
-
-    /// The shadow that was built last, for what happens to it behind FT's back.
-    pub fn shadow(&self) -> Arc<FakeVm> {
-        lock(&self.shadow).clone().unwrap()
-    }
-
-    pub fn live(&self) -> Option<Arc<FakeVm>> {
-        lock(&self.live).last().cloned()
-    }
-}
-
-/// For tests that own the host in an `Arc`.
-pub struct HostRef(pub Arc<FakeHost>);
-
-impl ShadowHost for HostRef {
-    fn create_shadow(&self, offered: &Identity) -> Result<Box<dyn Shadow>, Refusal> {
-        let identity = lock(&self.0.identity).clone().unwrap_or_else(|| offered.clone());
-        let vm = FakeVm::new(identity);
-        lock(&vm.contents).disks[0].fill(*lock(&self.0.old_disk));
-        *lock(&vm.san) = lock(&self.0.san).clone();
-        *lock(&self.0.shadow) = Some(vm.clone());
-        Ok(Box::new(FakeShadow {
-            vm,
-            host: self.0.clone(),
-        }))
-    }
-}
-
-struct FakeShadow {
-    vm: Arc<FakeVm>,
-    host: Arc<FakeHost>,
-}
-
-impl Shadow for FakeShadow {
-    fn identity(&self) -> Identity {
-        self.vm.identity.clone()
-    }
-
-    fn write_memory(&mut self, gpa: u64, data: &[u8]) -> Result<(), MachineError> {
-        assert!(data.len().is_multiple_of(LINE) && gpa.is_multiple_of(LINE as u64));
-        let at = self.vm.offset(gpa, data.len())?;
-        lock(&self.vm.contents).ram[at..at + data.len()].copy_from_slice(data);
-        Ok(())
-    }
-
-    fn read_memory(&self, gpa: u64, buf: &mut [u8]) -> Result<(), MachineError> {
-        self.vm.read_memory(gpa, buf)
-    }
-
-    fn read_disk(&self, disk: u16, offset: u64, buf: &mut [u8]) -> Result<(), MachineError> {
-        self.vm.read_disk(disk, offset, buf)
-    }
-
-    fn apply_disk(&mut self, disk: u16, change: &DiskChange) -> Result<(), MachineError> {
-        std::thread::sleep(*lock(&self.host.slow_apply));
-        if *lock(&self.host.fail_apply) {
-            return Err(MachineError("the backup's disk is full".into()));
-        }
-        if let (DISK, Some(san)) = (disk, self.vm.san()) {
-            return san.carry_out(self.vm.number, change);
-        }
-        let mut contents = lock(&self.vm.contents);
-        let bytes = &mut contents.disks[usize::from(disk)];
-        match change {
-            DiskChange::Write { offset, data } => bytes[*offset as usize..][..data.len()].copy_from_slice(data),
-            DiskChange::Zero { offset, len, .. } => bytes[*offset as usize..][..*len as usize].fill(0),
-            DiskChange::Flush => self.host.flushes.lock().unwrap().push(disk),
-            DiskChange::Check { .. } => return Err(MachineError(format!("disk {disk} is not shared"))),
-        }
-        if *lock(&self.host.stuck_disk) {
-            bytes[7] = 0xee;
-        }
-        Ok(())
-    }
-
-    fn claim_disks(&mut self) -> Result<Option<String>, MachineError> {
-        Ok(self.vm.san().and_then(|san| san.claim(self.vm.number)))
-    }
-
-    fn activate(self: Box<Self>, takeover: Takeover) -> Result<Arc<dyn Protected>, MachineError> {
-        if let Some(san) = self.vm.san() {
-            lock(&self.vm.contents).disks[usize::from(DISK)] = san.bytes();
-        }
-        if *lock(&self.host.fail_activation) {
-            self.vm.yield_disks();
-            return Err(MachineError("no more vCPUs on this host".into()));
-        }
-        lock(&self.vm.contents).counter = u64::from_le_bytes(takeover.state[..].try_into().unwrap());
-        *lock(&self.vm.wire) = takeover.outputs;
-        *lock(&self.vm.replayed) = takeover.inputs;
-        assert!(takeover.elapsed < Duration::from_secs(60));
-        lock(&self.host.live).push(self.vm.clone());
-        Ok(self.vm)
-    }
-
-    fn discard(self: Box<Self>) {
-        *lock(&self.host.discarded) += 1;
     }
 }

@@ -9,9 +9,12 @@ mod bed;
 #[allow(dead_code)]
 mod cluster;
 mod cycles;
+mod delta;
 #[cfg(feature = "etcd")]
 mod etcd;
 mod fake;
+mod host;
+mod image;
 mod loss;
 mod normal;
 mod refusal;

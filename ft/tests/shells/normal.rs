@@ -87,7 +87,7 @@ fn a_busy_vm_is_protected_and_its_outputs_leave_in_order() {
         .filter(|(s, ..)| s == "primary")
         .map(|(_, e, _)| e.clone())
         .collect();
-    assert_eq!(states, ["syncing", "protected", "protected", "disabled"]);
+    assert_eq!(states, ["syncing", "disk_copy", "protected", "protected", "disabled"]);
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! [`Bed`]: the hosts, their disks and the arbiter; how a guest is booted, shadowed and protected.
 
 use std::fs::File;
+use std::io::Write;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -29,6 +30,8 @@ pub struct Options {
     pub memory_mib: u64,
     /// Disk in MiB.
     pub disk_mib: u64,
+    /// A second disk in MiB, full of bytes that the guest does not touch (0: there is none).
+    pub data_mib: u64,
     /// Disks beside that one, as large, which the guest leaves alone.
     pub idle_disks: u32,
     /// Format of the disk on hosts a and b: `raw` or `qcow2`.
@@ -58,6 +61,7 @@ impl Default for Options {
             vcpus: 2,
             memory_mib: 256,
             disk_mib: 16,
+            data_mib: 0,
             idle_disks: 0,
             image_types: ["raw"; 2],
             cmdline: String::new(),
@@ -246,6 +250,26 @@ impl Bed {
         Ok(())
     }
 
+    /// The second disk of a host.
+    pub fn data(&self, side: Side) -> PathBuf {
+        self.dir.join(format!("{}.data", side.name()))
+    }
+
+    fn data_disk(&self, side: Side) -> Option<(String, PathBuf)> {
+        (self.options.data_mib > 0).then(|| ("data".into(), self.data(side)))
+    }
+
+    /// Fills the second disk of a host.
+    fn fill_data(&self, side: Side) -> Result<()> {
+        let mut file = File::create(self.data(side))?;
+        let mut bytes = vec![0; 1 << 20];
+        for n in 0..self.options.data_mib {
+            load::pattern::fill(n + 1, 0, &mut bytes);
+            file.write_all(&bytes)?;
+        }
+        Ok(())
+    }
+
     /// Ids and files of the disks that the guest leaves alone.
     fn idle_disks(&self, side: Side) -> Vec<(String, PathBuf)> {
         let file = |n| self.dir.join(format!("{}-idle{n}.img", side.name()));
@@ -293,11 +317,11 @@ impl Bed {
             ("--console", "off".into()),
             ("--ft-arbiter", self.arbiter()),
         ];
-        let idle = self.idle_disks(side).into_iter();
-        let idle = idle.map(|(id, path)| ("--disk", format!("path={},id={id}", path.display())));
+        let extra = self.idle_disks(side).into_iter().chain(self.data_disk(side));
+        let extra = extra.map(|(id, path)| ("--disk", format!("path={},id={id}", path.display())));
         Ok(args
             .into_iter()
-            .chain(idle)
+            .chain(extra)
             .flat_map(|(option, value)| [option.to_string(), value])
             .collect())
     }
@@ -324,6 +348,9 @@ impl Bed {
     /// Boots the guest and waits until its services listen.
     pub fn boot(&mut self, side: Side) -> Result<Host> {
         let serial = self.dir.join(format!("{}{}.serial", side.name(), self.started + 1));
+        if self.options.data_mib > 0 && !self.data(side).exists() {
+            self.fill_data(side)?;
+        }
         let args = self.vm_args(side, &serial)?;
         let mut host = self.start(side, &args)?;
         wait_ready(&mut host, 1)?;
@@ -355,7 +382,7 @@ impl Bed {
         let args = [
             "ft", "receive", peer, "--disk", &disk, "--net", &net, "--serial", &serial,
         ];
-        let idle = self.idle_disks(host.side).into_iter();
+        let idle = self.idle_disks(host.side).into_iter().chain(self.data_disk(host.side));
         let idle = idle.flat_map(|(id, path)| ["--disk".into(), format!("id={id},path={}", path.display())]);
         let more: Vec<String> = self.security(host.side).into_iter().chain(idle).collect();
         let more: Vec<&str> = more.iter().map(String::as_str).collect();

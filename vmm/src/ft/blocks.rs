@@ -49,7 +49,7 @@ impl ChangedBlocks {
     }
 }
 
-fn changed_range(op: BlockOp, len: u64) -> Option<(u64, u64)> {
+pub(super) fn changed_range(op: BlockOp, len: u64) -> Option<(u64, u64)> {
     match op {
         BlockOp::Write { offset } => Some((offset, len)),
         BlockOp::WriteZeroes { offset, len, .. } | BlockOp::Discard { offset, len } => Some((offset, len)),

@@ -2,6 +2,7 @@
 //!
 //! * [`protected`]: the running VM as FT sees it; [`shadow`]: the backup's side; [`backends`], [`blocks`]: the interposer at
 //!   the devices; [`shared`], [`disks`]: disks that both hosts see; [`consoles`]: where a shadow's consoles go;
+//!   [`histories`]: what of the disks need not be copied again;
 //! * [`reprotect`]: the thread that looks for a new backup.
 //!
 //! Lock order: `changing`, `session`, `search`, then FT's and the VM's own locks. FT's threads never take the first three.
@@ -10,6 +11,7 @@ mod backends;
 mod blocks;
 mod consoles;
 mod disks;
+mod histories;
 mod protected;
 mod reprotect;
 mod shadow;
@@ -18,7 +20,7 @@ mod shared;
 use std::path::Path;
 use std::sync::{Arc, Mutex, Weak};
 
-use api::{ApiError, Request, Response};
+use api::{ApiError, Request, Response, VmConfig};
 use crossbeam_channel::{Sender, bounded};
 use ft::arbiter::Description;
 use ft::arbiter::description::TlsFiles;
@@ -32,6 +34,7 @@ use crate::interrupts::lock;
 use crate::landlock::Landlock;
 use crate::plugin::Plugin;
 use crate::vm::{Vm, VmContext};
+use histories::Kept;
 use protected::ProtectedVm;
 use reprotect::Search;
 use shadow::{Adopt, VmShadowHost};
@@ -48,6 +51,7 @@ pub struct FtPlugin {
     context: VmContext,
     arbiter: Option<String>,
     adopt: Adopt,
+    kept: Kept,
     /// Held while a session is begun or ended, which may take its time.
     changing: Mutex<()>,
     session: Mutex<Session>,
@@ -82,6 +86,7 @@ impl FtPlugin {
             context,
             arbiter,
             adopt,
+            kept: Kept::default(),
             changing: Mutex::default(),
             session: Mutex::new(Session::Off),
             search: Mutex::default(),
@@ -190,7 +195,8 @@ impl FtPlugin {
         if let Session::Primary(primary) = self.session() {
             primary.disable().map_err(|e| error(e.status(), e.code(), &e))?;
         }
-        let machine = ProtectedVm::new(vm.clone(), shared);
+        let histories = self.kept.of(&vm, shared);
+        let machine = ProtectedVm::new(vm.clone(), histories, shared);
         let primary = offer.begin(machine).map_err(|e| error(e.status(), e.code(), &e))?;
         let disks = vm.devices().disks().iter();
         disks
@@ -222,6 +228,7 @@ impl FtPlugin {
             context: self.context.clone(),
             overrides: config.clone(),
             adopt: self.adopt.clone(),
+            kept: self.kept.clone(),
         };
         let backup = ft::receive(Arc::new(host), config, self.events()).map_err(|e| error(e.status(), e.code(), &e))?;
         self.put(Session::Backup(Arc::new(backup)));
@@ -288,6 +295,7 @@ impl Plugin for FtPlugin {
                 .map_err(|e| error(e.status(), e.code(), &e))?;
                 self.search_for(None);
                 end(self.put(Session::Off));
+                self.kept.forget();
                 Ok(Response::Empty)
             }
             Request::FtFailover => {
@@ -321,6 +329,7 @@ impl Plugin for FtPlugin {
         if ended {
             end(self.put(Session::Off));
         }
+        self.kept.forget();
     }
 
     fn settle(&self) -> Result<(), ApiError> {
@@ -346,6 +355,10 @@ impl Plugin for FtPlugin {
         let _changing = lock(&self.changing);
         self.search_for(None);
         end(self.put(Session::Off));
+    }
+
+    fn vm_begins(&self, config: &VmConfig) -> Result<(), String> {
+        histories::forget_copies(config)
     }
 
     fn refuses_vm(&self) -> Option<String> {

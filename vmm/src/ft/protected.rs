@@ -6,6 +6,7 @@
 use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
+use ft::copies::{Divergence, SessionId};
 use ft::interposer::Interposer;
 use ft::machine::{
     DiskChange, DiskIdentity, Identity, MachineError, Output, PageRun, Protected, SavedState, SharedDisk,
@@ -17,6 +18,7 @@ use virtio_devices::block::DiskImage;
 use super::backends::{HeldConsole, HeldNet, Slot};
 use super::blocks::{ChangedBlocks, LoggedBlock, TrackedBlock};
 use super::disks;
+use super::histories::Histories;
 use super::shared::SharedBlock;
 use crate::devices::Disk;
 use crate::interrupts::lock;
@@ -54,6 +56,7 @@ struct DiskSide {
 pub struct ProtectedVm {
     vm: Arc<Vm>,
     disks: Vec<DiskSide>,
+    histories: Arc<Histories>,
     wraps: Mutex<Wraps>,
     throttle: Arc<Throttle>,
 }
@@ -92,8 +95,9 @@ pub(super) fn identity(vm: &Vm, shared: &[Option<SharedDisk>]) -> Result<Identit
 }
 
 impl ProtectedVm {
-    /// Prepares `vm` for protection; nothing is changed in it yet. `shared`: ids of disks that the backup sees too.
-    pub fn new(vm: Arc<Vm>, shared: &[String]) -> Arc<Self> {
+    /// Prepares `vm` for protection; nothing is changed in it yet. `histories` are those of its disks; `shared`: ids of disks
+    /// that the backup sees too.
+    pub fn new(vm: Arc<Vm>, histories: Arc<Histories>, shared: &[String]) -> Arc<Self> {
         let side = |disk: &Disk| DiskSide {
             size: disk.size,
             readonly: disk.readonly,
@@ -104,6 +108,7 @@ impl ProtectedVm {
         Arc::new(Self {
             vm,
             disks,
+            histories,
             wraps: Mutex::default(),
             throttle: Arc::new(Throttle(Mutex::new(ThrottleState {
                 percent: 100,
@@ -252,10 +257,12 @@ impl Protected for ProtectedVm {
         self.vm.resume(Holder::Ft).map_err(machine_error)
     }
 
-    fn attach(&self, interposer: Arc<Interposer>) -> Result<(), MachineError> {
+    fn attach(&self, interposer: Arc<Interposer>, session: &SessionId) -> Result<(), MachineError> {
         let mut wraps = lock(&self.wraps);
         let devices = self.vm.devices();
         self.unwrap_disks(&mut wraps);
+        self.histories.wrap(&self.vm);
+        self.histories.begin(session);
         for (i, disk) in devices.disks().iter().enumerate() {
             if self.disks.get(i).is_some_and(|d| d.readonly) {
                 wraps.disks.push(None);
@@ -297,6 +304,7 @@ impl Protected for ProtectedVm {
         let mut wraps = lock(&self.wraps);
         let devices = self.vm.devices();
         self.unwrap_disks(&mut wraps);
+        self.histories.go_alone();
         for (net, slot) in devices.nets().iter().zip(wraps.nets.drain(..)) {
             net.exchange(|wrapper| slot.take().unwrap_or(wrapper));
         }
@@ -306,6 +314,22 @@ impl Protected for ProtectedVm {
             }
         }
         Ok(())
+    }
+
+    fn divergence(&self, disk: u16) -> Option<Divergence> {
+        self.histories.disk(disk)?.divergence()
+    }
+
+    fn refute(&self, disk: u16) {
+        if let Some(history) = self.histories.disk(disk) {
+            history.refute();
+        }
+    }
+
+    fn confirm(&self, applied: u64, running: u64) {
+        self.histories
+            .all()
+            .for_each(|history| history.confirm(applied, running));
     }
 
     fn release(&self, outputs: Vec<Output>) {
@@ -363,5 +387,9 @@ impl Protected for ProtectedVm {
 
     fn stop(&self, reason: &str) {
         self.vm.stop_for_good(reason);
+    }
+
+    fn close_disks(&self) {
+        self.histories.all().for_each(|history| history.close());
     }
 }

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use api::config::ImageType;
 use api::{DiskConfig, VmConfig};
 use ft::config::{FtImageType, FtReceiveConfig};
+use ft::copies::{CopyClaim, SessionId, ShadowCopy};
 use ft::machine::{
     DiskChange, DiskIdentity, Identity, Input, MachineError, Output, Protected, Refusal, Shadow, ShadowHost, Takeover,
 };
@@ -16,6 +17,7 @@ use virtio_devices::block::DiskImage;
 
 use super::backends::{ReplayNet, transmit_all};
 use super::disks;
+use super::histories::{Histories, Kept};
 use super::protected::{ProtectedVm, identity, machine_error, no_disk};
 use crate::state::VmState;
 use crate::vm::{Holder, Vm, VmContext};
@@ -31,6 +33,8 @@ pub struct VmShadowHost {
     pub overrides: FtReceiveConfig,
     /// Gets the VM at takeover.
     pub adopt: Adopt,
+    /// Gets the histories of its disks.
+    pub kept: Kept,
 }
 
 pub(super) fn refuse(code: &str, message: String) -> Refusal {
@@ -116,6 +120,19 @@ impl ShadowHost for VmShadowHost {
         let config = self.config(offered)?;
         let failed =
             |e: &dyn std::fmt::Display| refuse("shadow_failed", format!("the backup cannot build the VM: {e}"));
+        // Before the process is restricted to the files of the VM.
+        let copies: Vec<Option<ShadowCopy>> = config
+            .disks
+            .iter()
+            .flatten()
+            .zip(&offered.disks)
+            .map(|(disk, offered_disk)| {
+                let raw = disk.image_type != Some(ImageType::Qcow2);
+                let path = disk.path.as_ref().filter(|_| raw && offered_disk.is_replicated())?;
+                let copy = ShadowCopy::open(path, &offered.vm_id, &offered_disk.id, offered_disk.size);
+                Some(copy)
+            })
+            .collect();
         let shared = offered.disks.iter().filter(|disk| disk.shared.is_some());
         let shared: Vec<String> = shared.map(|disk| disk.id.clone()).collect();
         let vm = Vm::shadow(config, offered.vm_id.clone(), &self.context, &shared).map_err(|e| failed(&e))?;
@@ -127,8 +144,10 @@ impl ShadowHost for VmShadowHost {
         Ok(Box::new(VmShadow {
             vm,
             identity,
+            copies,
             claimed: false,
             adopt: self.adopt.clone(),
+            kept: self.kept.clone(),
         }))
     }
 }
@@ -136,9 +155,12 @@ impl ShadowHost for VmShadowHost {
 struct VmShadow {
     vm: Arc<Vm>,
     identity: Identity,
+    /// What the disks are copies of; none for those that are not copied.
+    copies: Vec<Option<ShadowCopy>>,
     /// The locks of shared disks were taken.
     claimed: bool,
     adopt: Adopt,
+    kept: Kept,
 }
 
 /// Lets outputs of committed epochs leave, in order for each device.
@@ -204,6 +226,24 @@ impl Shadow for VmShadow {
         self.identity.clone()
     }
 
+    fn claims(&mut self) -> Vec<CopyClaim> {
+        let claim = |copy: &mut Option<ShadowCopy>| match copy {
+            Some(copy) => copy.claim(),
+            None => CopyClaim::Unknown("the disk is not copied".into()),
+        };
+        self.copies.iter_mut().map(claim).collect()
+    }
+
+    fn doubt(&mut self, disk: u16, offset: u64, len: u64) {
+        if let Some(Some(copy)) = self.copies.get_mut(usize::from(disk)) {
+            copy.doubt(offset, len);
+        }
+    }
+
+    fn synced(&mut self, session: &SessionId) {
+        self.copies.iter_mut().flatten().for_each(|copy| copy.synced(session));
+    }
+
     fn write_memory(&mut self, gpa: u64, data: &[u8]) -> Result<(), MachineError> {
         self.vm.ram().write(gpa, data).map_err(machine_error)
     }
@@ -220,13 +260,15 @@ impl Shadow for VmShadow {
     fn apply_disk(&mut self, disk: u16, change: &DiskChange) -> Result<(), MachineError> {
         let (offset, len) = change.range();
         let image = self.image(disk, offset, len)?;
-        let shared = self
-            .identity
-            .disks
-            .get(usize::from(disk))
-            .is_some_and(|d| d.shared.is_some());
+        let index = usize::from(disk);
+        let shared = self.identity.disks.get(index).is_some_and(|d| d.shared.is_some());
         if shared && !self.claimed && !matches!(change, DiskChange::Check { .. }) {
             return Err(machine_error("a shared disk is the primary's until its lock is taken"));
+        }
+        if let (DiskChange::Write { .. } | DiskChange::Zero { .. }, Some(Some(copy))) =
+            (change, self.copies.get_mut(index))
+        {
+            copy.before_write(offset, len);
         }
         disks::carry_out(image.as_ref(), change)
     }
@@ -255,7 +297,18 @@ impl Shadow for VmShadow {
             }
         }
         // All that can fail comes before the VM runs: after a failed activation the primary may go on (R4).
-        let protected = ProtectedVm::new(vm.clone(), &[]);
+        let session = self.copies.iter().flatten().find_map(|copy| copy.session().cloned());
+        let sidecars = self
+            .copies
+            .into_iter()
+            .map(|copy| copy.and_then(ShadowCopy::into_sidecar));
+        let histories = Arc::new(Histories::new(&vm, sidecars.collect(), &[]));
+        let protected = ProtectedVm::new(vm.clone(), histories.clone(), &[]);
+        if let Some(session) = session {
+            histories.all().for_each(|history| history.took_over(&session));
+            histories.wrap(&vm);
+        }
+        self.kept.put(&vm, histories);
         (self.adopt)(vm.clone());
         // Switches learn where the addresses are now before the first frame leaves; then comes what the primary may not
         // have sent; then the guest runs.
@@ -269,7 +322,10 @@ impl Shadow for VmShadow {
         Ok(protected)
     }
 
-    fn discard(self: Box<Self>) {
+    fn discard(mut self: Box<Self>, close_disks: bool) {
         self.vm.shutdown();
+        if close_disks {
+            self.copies.iter_mut().flatten().for_each(ShadowCopy::close);
+        }
     }
 }

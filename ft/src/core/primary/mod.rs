@@ -337,6 +337,11 @@ impl PrimaryState {
         self.released
     }
 
+    /// The last committed epoch.
+    pub fn committed(&self) -> u64 {
+        self.committed
+    }
+
     /// Whether outputs of committed epochs may leave now (R4).
     pub fn may_release(&self, now: Nanos) -> bool {
         !matches!(self.phase, Phase::Ended(_) | Phase::Arbitrating { .. }) && self.lease.holds(now)

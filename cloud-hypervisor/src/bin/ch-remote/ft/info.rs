@@ -82,6 +82,7 @@ pub fn table(info: &FtInfo) {
         let left = |left: u64, total: u64| format!("{} of {} left", bytes(left as f64), bytes(total as f64));
         row("RAM", &left(p.ram_bytes_remaining, p.ram_bytes_total));
         row("disks", &left(p.disk_bytes_remaining, p.disk_bytes_total));
+        row("disks, left out", &bytes(p.disk_bytes_skipped as f64));
         row("rate", &format!("{}/s, {:.0} s left", bytes(p.rate), p.seconds_left));
     }
     line(&format!(
