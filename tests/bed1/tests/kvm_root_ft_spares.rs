@@ -255,6 +255,8 @@ fn kvm_root_a_spare_that_does_not_answer_holds_nobody_up() -> Result<()> {
         }
     };
     for end in ["disable", "power-off", "shutdown-vmm"] {
+        // The model knows nothing of the VM before.
+        bed.new_disk(Side::A)?;
         let mut primary = bed.boot(Side::A)?;
         let loads = Loads::start(&bed, &loads::model(&bed), &loads::Options::everything(4))?;
         let mut backup = listener(&mut bed, Side::B)?;
