@@ -8,6 +8,7 @@ use anyhow::{Context, Result, ensure};
 use bed1::failover;
 use bed1::loads::{self, Loads};
 use bed1::pair::{Bed, Options, Side};
+use bed1::process::Vmm;
 use bed1::proxied::{LIMIT, Proxied};
 use load::pattern;
 
@@ -76,13 +77,18 @@ fn kvm_root_r6_flipped_bits_are_repaired_and_the_takeover_is_exact() -> Result<(
         limits: ["audit_mib_s=512", "audit_disk_mib_s=512"].map(String::from).to_vec(),
         ..Options::default()
     })?;
+    let repairs = |vmm: &mut Vmm, number: u64| {
+        vmm.wait_for("a repair", LIMIT, |vmm| {
+            let info = vmm.ft_info()?;
+            Ok(info["audit"]["repairs"] == number && info["state"] == "protected")
+        })
+    };
+    // One after the other: of two that are found at once an event names the first.
     pair.backup.vmm.flip_ram_bit()?;
+    repairs(&mut pair.primary.vmm, 1)?;
     pair.backup.flip_disk_bit()?;
     for host in [&mut pair.primary, &mut pair.backup] {
-        host.vmm.wait_for("two repairs", LIMIT, |vmm| {
-            let info = vmm.ft_info()?;
-            Ok(info["audit"]["repairs"] == 2 && info["state"] == "protected")
-        })?;
+        repairs(&mut host.vmm, 2)?;
         let events = std::fs::read_to_string(host.vmm.events())?;
         for named in ["audit: the RAM page at 0x", "audit: disk _disk0 at 0x"] {
             ensure!(events.contains(named), "{}: `{named}` is in no event", host.vmm.name);
