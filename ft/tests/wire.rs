@@ -8,7 +8,7 @@ use ft::copies::{BlockRun, CopyClaim, KnownCopy, SessionId, Side};
 use ft::core::staging::{Staging, StagingError};
 use ft::machine::{DiskChange, DiskIdentity, Identity, Input, Output, PAGE_SIZE, PageRun, Refusal, SharedDisk};
 use ft::reprotect::{MAX_SPARES, Reprotect};
-use ft::wire::frame::{EndMarker, Frame, OutFrame, encode};
+use ft::wire::frame::{EndMarker, Frame, Kind, OutFrame, encode};
 use ft::wire::hello::{Accept, Hello};
 use ft::wire::lines::PageLines;
 use ft::wire::reader::{FrameReader, ReadError};
@@ -445,6 +445,15 @@ fn r6_a_damaged_frame_is_named_by_number_and_type() {
     assert!(
         said.starts_with("frame number 0: frame header checksum is 0x"),
         "{said}"
+    );
+}
+
+#[test]
+fn an_audit_without_a_checksum_is_refused() {
+    let empty = ft::wire::decode::decode(Kind::Audit as u8, 0, 7u64.to_le_bytes().to_vec());
+    assert!(
+        matches!(empty, Err(DecodeError::Payload { kind: "audit", .. })),
+        "{empty:?}"
     );
 }
 

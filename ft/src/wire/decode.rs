@@ -254,6 +254,9 @@ fn audit(payload: &[u8]) -> Result<Frame, DecodeError> {
         }
         sums.push(sum);
     }
+    if sums.is_empty() {
+        return Err(bad("audit", "has no checksum"));
+    }
     Ok(Frame::Audit { epoch, sums })
 }
 
