@@ -24,6 +24,7 @@ fn image(path: &Path, readonly: bool, backing_files: bool) -> Option<Arc<dyn Dis
         readonly,
         direct: false,
         backing_files,
+        shared: false,
     };
     open(&options).ok()
 }

@@ -61,6 +61,7 @@ impl Backup {
             DiskChange::Write { offset, data } => offset + data.len() as u64,
             DiskChange::Zero { offset, len, .. } => offset + len,
             DiskChange::Flush => 0,
+            DiskChange::Check { .. } => panic!("a check of a disk that is not shared reaches the shadow"),
         };
         assert!(disk == 0 && end <= DISK, "a change out of the disk reaches the shadow");
     }

@@ -35,6 +35,7 @@ fn identity() -> Identity {
         id: id.into(),
         size: DISK,
         readonly,
+        shared: None,
     };
     Identity {
         vm_id: "vm".into(),
