@@ -148,7 +148,7 @@ pub trait Vm: Send + Sync {
     fn harvest_dirty(&self, out: &mut Vec<DirtyWord>) -> Result<()>;
     /// From here on up to `most` pages that are written all the time are left writable and reported by every harvest,
     /// written or not, which saves their faults. The pages at the guest physical addresses `cold` are logged in the usual
-    /// way again; with a `most` of 0 all are. Only while no vCPU runs and nothing else writes RAM. Does nothing where the
+    /// way again, where that goes; with a `most` of 0 all are. Only while no vCPU runs and nothing else writes RAM. Does nothing where the
     /// backend has no such thing.
     fn keep_hot(&self, most: usize, cold: &[u64]) -> Result<()>;
     /// Makes vCPU `id`, which is also its x2APIC id.

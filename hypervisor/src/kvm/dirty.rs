@@ -247,22 +247,23 @@ impl Rings {
         Ok(())
     }
 
-    /// See [`crate::Vm::keep_hot`]. `protect` takes a page's mapping away from KVM for a moment.
+    /// See [`crate::Vm::keep_hot`]. `protect` takes a page's mapping away from KVM for a moment; false: it cannot, and the
+    /// page stays hot.
     pub(super) fn keep_hot(
         &self,
         most: usize,
         cold: &[Page],
-        mut protect: impl FnMut(Page) -> Result<()>,
+        mut protect: impl FnMut(Page) -> Result<bool>,
     ) -> Result<()> {
         let mut state = self.state();
         let State { slots, hot, .. } = &mut *state;
         hot.set_most(most);
         let all = if most == 0 { hot.all() } else { Vec::new() };
         for page in cold.iter().copied().chain(all) {
-            if hot.cool(page) {
+            if hot.contains(page) && protect(page)? {
+                hot.cool(page);
                 // Written perhaps since the last harvest.
                 slots.entry(page.0).or_default().set(page.1);
-                protect(page)?;
             }
         }
         Ok(())

@@ -109,19 +109,24 @@ impl KvmVm {
     }
 }
 
-/// Takes a page of RAM away from KVM, which maps it anew, protected, at the guest's next access.
-fn unmap_for_a_moment(host_addr: u64) -> Result<()> {
-    for protection in [libc::PROT_READ, libc::PROT_READ | libc::PROT_WRITE] {
+/// Takes a page of RAM away from KVM, which maps it anew, protected, at the guest's next access. False: that does not go,
+/// as with huge pages of hugetlbfs.
+fn unmap_for_a_moment(host_addr: u64) -> Result<bool> {
+    let protect = |protection| {
         // SAFETY: the page is part of a slot, which stays mapped and writable (see `MemorySlot::host_addr`); that nobody
         // writes it meanwhile is the contract of `Vm::keep_hot`. Content is not changed.
-        if unsafe { libc::mprotect(host_addr as *mut libc::c_void, PAGE_SIZE as usize, protection) } != 0 {
-            return Err(Error::Ioctl {
-                what: "protect a page of RAM",
-                source: std::io::Error::last_os_error(),
-            });
-        }
+        unsafe { libc::mprotect(host_addr as *mut libc::c_void, PAGE_SIZE as usize, protection) == 0 }
+    };
+    if !protect(libc::PROT_READ) {
+        return Ok(false);
     }
-    Ok(())
+    if protect(libc::PROT_READ | libc::PROT_WRITE) {
+        return Ok(true);
+    }
+    Err(Error::Ioctl {
+        what: "make a page of RAM writable again",
+        source: std::io::Error::last_os_error(),
+    })
 }
 
 fn io_address(addr: IoEventAddress) -> kvm_ioctls::IoEventAddress {
@@ -193,7 +198,7 @@ impl Vm for KvmVm {
         let cold: Vec<_> = cold.iter().filter_map(page).collect();
         rings.keep_hot(most, &cold, |(slot, page)| match slots.slots.get(&slot) {
             Some(slot) => unmap_for_a_moment(slot.host_addr + page * PAGE_SIZE),
-            None => Ok(()),
+            None => Ok(true),
         })
     }
 
