@@ -316,6 +316,8 @@ impl Session {
             Action::Release(epoch) => self.release(epoch),
             Action::Send(ToBackup::Disarm(reason)) => drop(self.outbox.post(encode(&Frame::Disarm(reason)))),
             Action::Send(ToBackup::Handover(epoch)) => {
+                // Another thread may just be about to: the mark of this frame must cover what left.
+                self.release(epoch);
                 // The guest stands still and everything is written: the backup needs the locks now.
                 self.yield_disks(|core| !core.is_over());
                 self.outbox.post(encode(&Frame::Handover(epoch)));
