@@ -10,7 +10,7 @@ use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use super::bitmap::blocks_of;
-use super::sidecar::Record;
+use super::sidecar::{self, Record};
 use super::{BlockMap, Divergence, SessionId, Side, Sidecar, lock};
 
 /// Blocks stay in the maps so long at least: a block that is written again and again is marked once.
@@ -54,18 +54,8 @@ impl Inner {
         self.older.words()[word] | self.newer.words()[word] | self.failed.words()[word]
     }
 
-    /// Tries something with the sidecar; without it nothing is claimed later.
     fn note(&mut self, what: impl FnOnce(&mut Sidecar) -> io::Result<()>) {
-        let Some(sidecar) = &mut self.sidecar else { return };
-        if let Err(e) = what(sidecar) {
-            log::warn!(
-                "ft: {}: {e}: the whole disk will have to be copied",
-                sidecar.path().display()
-            );
-            // When this fails too, the image's time of change will tell.
-            let _ = sidecar.invalidate();
-            self.sidecar = None;
-        }
+        sidecar::note(&mut self.sidecar, what);
     }
 
     fn clear(&mut self) {

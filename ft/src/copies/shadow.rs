@@ -7,7 +7,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use super::bitmap::blocks_of;
-use super::sidecar::Record;
+use super::sidecar::{self, Record};
 use super::{BLOCK, BlockMap, BlockRun, CopyClaim, KnownCopy, SessionId, Side, Sidecar, bytes_of};
 
 /// Runs of doubtful blocks in a claim.
@@ -58,16 +58,7 @@ impl ShadowCopy {
     }
 
     fn note(&mut self, what: impl FnOnce(&mut Sidecar) -> io::Result<()>) {
-        let Some(sidecar) = &mut self.sidecar else { return };
-        if let Err(e) = what(sidecar) {
-            log::warn!(
-                "ft: {}: {e}: the whole disk will have to be copied",
-                sidecar.path().display()
-            );
-            // When this fails too, the image's time of change will tell.
-            let _ = sidecar.invalidate();
-            self.sidecar = None;
-        }
+        sidecar::note(&mut self.sidecar, what);
     }
 
     /// What it is, for the primary. This process must have locked the image. A record that is not believed is removed.

@@ -164,6 +164,20 @@ fn decode(bytes: &[u8]) -> Result<Header, String> {
     postcard::from_bytes(&bytes[16..end]).map_err(|_| damaged())
 }
 
+/// Tries something with a sidecar, if there is one; when it fails there is none any more, and nothing is claimed later.
+pub(super) fn note(slot: &mut Option<Sidecar>, what: impl FnOnce(&mut Sidecar) -> io::Result<()>) {
+    let Some(sidecar) = slot else { return };
+    if let Err(e) = what(sidecar) {
+        log::warn!(
+            "ft: {}: {e}: the whole disk will have to be copied",
+            sidecar.path().display()
+        );
+        // When this fails too, the image's time of change will tell.
+        let _ = sidecar.invalidate();
+        *slot = None;
+    }
+}
+
 impl Sidecar {
     /// Opens the sidecar of an image, or makes one that says nothing. `None`: images of this kind have none.
     pub fn open(image: &Path) -> io::Result<Option<Self>> {

@@ -63,7 +63,6 @@ impl Controller {
         let machine = &session.machine;
         let anew = self.send_anew()?;
         let cut = session.interposer.cut();
-        self.encoder.sent.resize(lock(&session.limits).delta_cache_mib);
         let epoch_time = begin.saturating_duration_since(self.epoch_began);
         let sent = &mut self.encoder.sent;
         // Whether a page was written is found out by comparing it.

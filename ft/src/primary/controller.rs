@@ -116,6 +116,7 @@ impl Controller {
         let pending = precopy::run(self)?;
         // So that little is left to be flushed in the pause.
         self.session.flush_disks()?;
+        self.fit_cache();
         let begin = Instant::now();
         self.pause()?;
         precopy::last_pass(self, pending)?;
@@ -196,8 +197,15 @@ impl Controller {
         self.drive(e.into());
     }
 
+    /// Before the guest stands still: a new cache takes its time.
+    fn fit_cache(&mut self) {
+        let mib = lock(&self.session.limits).delta_cache_mib;
+        self.encoder.sent.resize(mib);
+    }
+
     fn next_checkpoint(&mut self) -> Result<(), BeginError> {
         self.copy_ahead()?;
+        self.fit_cache();
         let begin = Instant::now();
         self.pause()?;
         self.checkpoint(begin)

@@ -125,8 +125,8 @@ fn r3_a_backup_that_comes_back_gets_what_it_missed() {
     hand_over(&mut bed);
 }
 
-/// Everything is copied, whatever the backup's image says.
-fn all_is_copied(change: impl FnOnce(&Bed)) {
+/// The backup was lost while it was protecting, and both sides have ended their sessions.
+fn lost_backup() -> Bed {
     let mut bed = bed();
     bed.protect();
     bed.arbiter_reachable("b", false);
@@ -136,6 +136,12 @@ fn all_is_copied(change: impl FnOnce(&Bed)) {
     bed.arbiter_reachable("b", true);
     bed.wait_backup(FtState::Stopped);
     bed.backup.take().unwrap().shutdown();
+    bed
+}
+
+/// Everything is copied, whatever the backup's image says.
+fn all_is_copied(change: impl FnOnce(&Bed)) {
+    let mut bed = lost_backup();
     change(&bed);
     bed.new_backup();
     lock(&bed.vm.history).clear();
@@ -163,15 +169,7 @@ fn r3_a_tampered_or_missing_record_means_all_is_copied() {
 /// A record that is believed though its image was changed: the sample finds it.
 #[test]
 fn r3_a_claim_that_is_wrong_is_found_by_its_sample() {
-    let mut bed = bed();
-    bed.protect();
-    bed.arbiter_reachable("b", false);
-    bed.relay.cut();
-    bed.wait_primary(FtState::Solo);
-    bed.primary.take().unwrap().shutdown();
-    bed.arbiter_reachable("b", true);
-    bed.wait_backup(FtState::Stopped);
-    bed.backup.take().unwrap().shutdown();
+    let mut bed = lost_backup();
     // Its record is open again, and the change comes within the time that a write may take.
     let image = std::fs::File::options().write(true).open(path(&bed, 1)).unwrap();
     let mut copy = ft::copies::ShadowCopy::open(&path(&bed, 1), "vm", "_disk0", BLOCKS * BLOCK);
