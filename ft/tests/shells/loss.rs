@@ -71,7 +71,7 @@ fn a_lost_primary_is_taken_over_exactly_at_its_last_commit() {
 }
 
 #[test]
-fn inputs_of_the_lost_epoch_are_given_again_in_order() {
+fn r8_inputs_of_the_lost_epoch_are_given_again_in_order() {
     let mut bed = Bed::new(FakeVm::new(identity("vm")));
     let mut config = bed.config();
     config.limits.max_epoch_ms = 10_000;

@@ -142,7 +142,7 @@ fn wait_runs(host: &mut Host) -> Result<()> {
 }
 
 #[test]
-fn kvm_root_disable_leaves_a_plain_vm_and_enable_works_again() -> Result<()> {
+fn kvm_root_r7_disable_leaves_a_plain_vm_and_enable_works_again() -> Result<()> {
     let mut bed = Bed::new(Options::default())?;
     let mut primary = bed.boot(Side::A)?;
     let mut loads = Loads::start(&bed, &loads::model(&bed), &loads::Options::everything(9))?;
