@@ -106,6 +106,7 @@ impl BlockBackend for MemoryDisk {
         SIZE as u64
     }
 
+    // SAFETY: asks what the trait does: until the request has ended the iovecs are mapped, for reads writable.
     unsafe fn submit(&mut self, tag: u64, op: BlockOp, iovecs: &[libc::iovec]) -> io::Result<()> {
         assert!(in_ram(&self.memory, iovecs), "a buffer out of guest RAM");
         assert!(

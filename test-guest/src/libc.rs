@@ -96,6 +96,7 @@ trait Unaligned {
 }
 
 impl Unaligned for *const u64 {
+    // SAFETY: asks what the trait does: 8 bytes from here can be read.
     #[inline]
     unsafe fn read_volatile_unaligned(self) -> u64 {
         let value;

@@ -222,6 +222,7 @@ impl DiskImage for DiskFile {
         Some(&self.file)
     }
 
+    // SAFETY: asks what the trait does: until this returns the iovecs are mapped, for reads writable.
     unsafe fn perform(&self, op: BlockOp, iovecs: &[libc::iovec]) -> io::Result<u32> {
         match op {
             // SAFETY: passed on.

@@ -108,6 +108,7 @@ impl BlockBackend for Pool {
         self.shared.disk.size()
     }
 
+    // SAFETY: asks what the trait does: until the request has ended the iovecs are mapped, for reads writable.
     unsafe fn submit(&mut self, tag: u64, op: BlockOp, iovecs: &[libc::iovec]) -> io::Result<()> {
         let mut queue = lock(&self.shared.queue);
         let iovecs = iovecs.to_vec();

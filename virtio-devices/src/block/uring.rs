@@ -176,6 +176,7 @@ impl BlockBackend for Uring {
         self.disk.size()
     }
 
+    // SAFETY: asks what the trait does: until the request has ended the iovecs are mapped, for reads writable.
     unsafe fn submit(&mut self, tag: u64, op: BlockOp, iovecs: &[libc::iovec]) -> io::Result<()> {
         let index = self.free.pop().unwrap_or_else(|| {
             self.pending.push(Pending::default());

@@ -94,6 +94,7 @@ impl BlockBackend for TrackedBlock {
         self.size
     }
 
+    // SAFETY: asks what the trait does: until the request has ended the iovecs are mapped, for reads writable.
     unsafe fn submit(&mut self, tag: u64, op: BlockOp, iovecs: &[libc::iovec]) -> io::Result<()> {
         if let Some(range) = changed_range(op, total(iovecs)) {
             self.started.insert(tag, range);
@@ -204,6 +205,7 @@ impl BlockBackend for LoggedBlock {
         self.size
     }
 
+    // SAFETY: asks what the trait does: until the request has ended the iovecs are mapped, for reads writable.
     unsafe fn submit(&mut self, tag: u64, op: BlockOp, iovecs: &[libc::iovec]) -> io::Result<()> {
         // What a discarded range reads as is the backend's choice; with two copies it must be the same on both.
         let op = match op {
@@ -302,6 +304,7 @@ mod tests {
             1 << 20
         }
 
+        // SAFETY: asks less than the trait does: the iovecs are not looked into.
         unsafe fn submit(&mut self, tag: u64, _op: BlockOp, _iovecs: &[libc::iovec]) -> io::Result<()> {
             self.under_way.push(tag);
             Ok(())

@@ -197,6 +197,7 @@ impl BlockBackend for MarkedBlock {
         self.size
     }
 
+    // SAFETY: asks what the trait does: until the request has ended the iovecs are mapped, for reads writable.
     unsafe fn submit(&mut self, tag: u64, op: BlockOp, iovecs: &[libc::iovec]) -> io::Result<()> {
         let range = changed_range(op, total(iovecs));
         if let Some((offset, len)) = range {
@@ -250,6 +251,7 @@ mod tests {
             4 * ft::copies::BLOCK
         }
 
+        // SAFETY: asks less than the trait does: the iovecs are not looked into.
         unsafe fn submit(&mut self, tag: u64, op: BlockOp, _iovecs: &[libc::iovec]) -> io::Result<()> {
             if let Some((offset, _)) = changed_range(op, 1) {
                 assert!(self.history.is_changed(offset / ft::copies::BLOCK));

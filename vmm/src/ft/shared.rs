@@ -124,6 +124,7 @@ impl BlockBackend for SharedBlock {
         self.size
     }
 
+    // SAFETY: asks what the trait does: until the request has ended the iovecs are mapped, for reads writable.
     unsafe fn submit(&mut self, tag: u64, op: BlockOp, iovecs: &[libc::iovec]) -> io::Result<()> {
         let change = match op {
             // SAFETY: passed on.

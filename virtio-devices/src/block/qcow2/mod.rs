@@ -248,6 +248,7 @@ impl DiskImage for Qcow2Image {
         512
     }
 
+    // SAFETY: asks what the trait does: until this returns the iovecs are mapped, for reads writable.
     unsafe fn perform(&self, op: BlockOp, iovecs: &[libc::iovec]) -> io::Result<u32> {
         if self.failed.load(Relaxed) {
             return Err(io::Error::other("the qcow2 library panicked before"));
