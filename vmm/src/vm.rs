@@ -180,7 +180,7 @@ pub struct Vm {
     untold: AtomicBool,
     ending: AtomicBool,
     /// vCPU states before the first instruction, for resets.
-    power_on: Vec<VcpuState>,
+    power_on: Mutex<Vec<VcpuState>>,
     down: AtomicBool,
 }
 
@@ -261,7 +261,7 @@ impl Vm {
             signals,
             untold: AtomicBool::new(false),
             ending: AtomicBool::new(false),
-            power_on,
+            power_on: Mutex::new(power_on),
             down: AtomicBool::new(false),
         }))
     }
@@ -448,6 +448,10 @@ impl Vm {
         self.devices.load(state)?;
         self.kvm.set_clock(&state.clock, advance_ns).map_err(clock)?;
         self.vcpus.set_states(&state.vcpus, advance_ns)?;
+        // A machine that came from another host keeps its CPUID over its resets.
+        for (power_on, state) in lock(&self.power_on).iter_mut().zip(&state.vcpus) {
+            power_on.cpuid.clone_from(&state.cpuid);
+        }
         self.devices.kick();
         *lock(&self.signals.asked) = state.request;
         match state.request {
@@ -476,7 +480,7 @@ impl Vm {
         let result = (|| {
             self.devices.reset()?;
             self.ram.zero()?;
-            self.vcpus.set_states(&self.power_on, 0)?;
+            self.vcpus.set_states(&lock(&self.power_on), 0)?;
             self.load()
         })();
         if result.is_ok() {

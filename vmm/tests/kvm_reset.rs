@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use api::Events;
 use crossbeam_channel::Receiver;
-use vmm::state::PowerRequest;
+use vmm::state::{PowerRequest, VmState};
 use vmm::vm::{Error, GuestRequest, Holder, Vm, VmContext};
 
 const ENTRY: u32 = 0x10_0000;
@@ -91,14 +91,18 @@ fn marked(vm: &Vm) -> bool {
 /// The shadow of `vm` as FT makes it: RAM and state at a checkpoint.
 fn take_over(bed: &Bed, vm: &Vm) -> Arc<Vm> {
     vm.pause(Holder::Ft).unwrap();
-    let state = vm.state().unwrap();
+    take_over_as(bed, vm, &vm.state().unwrap())
+}
+
+/// The same of a paused VM, with this state.
+fn take_over_as(bed: &Bed, vm: &Vm, state: &VmState) -> Arc<Vm> {
     let shadow = bed.vm();
     for (gpa, size) in vm.ram().regions() {
         let mut bytes = vec![0; size as usize];
         vm.ram().read(gpa, &mut bytes).unwrap();
         shadow.ram().write(gpa, &bytes).unwrap();
     }
-    shadow.set_state(&state, 0).unwrap();
+    shadow.set_state(state, 0).unwrap();
     shadow
 }
 
@@ -182,6 +186,31 @@ fn kvm_a_triple_fault_is_one_reset_whatever_comes_between_and_whoever_does_it() 
     assert_eq!(bed.asked(), Some(GuestRequest::Reset));
     shadow.reset().unwrap();
     assert_eq!(bed.asked(), Some(GuestRequest::Reset));
+    shadow.shutdown();
+}
+
+#[test]
+fn kvm_a_vm_from_a_host_with_another_cpuid_keeps_it_over_a_reset() {
+    let bed = Bed::new(IDLE);
+    let vm = bed.vm();
+    vm.boot().unwrap();
+    vm.pause(Holder::Ft).unwrap();
+    let mut state = vm.state().unwrap();
+    // The processor's name.
+    let leaf = state.vcpus[0]
+        .cpuid
+        .iter_mut()
+        .find(|leaf| leaf.function == 0x8000_0002);
+    leaf.unwrap().eax ^= 1;
+    let shadow = take_over_as(&bed, &vm, &state);
+    vm.shutdown();
+    shadow.resume(Holder::User).unwrap();
+    for _ in 0..2 {
+        shadow.reset().unwrap();
+        shadow.pause(Holder::Ft).unwrap();
+        assert_eq!(shadow.state().unwrap().vcpus[0].cpuid, state.vcpus[0].cpuid);
+        shadow.resume(Holder::Ft).unwrap();
+    }
     shadow.shutdown();
 }
 
