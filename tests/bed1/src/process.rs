@@ -33,6 +33,17 @@ pub fn binary(name: &str) -> Result<PathBuf> {
     Ok(dir.join(name))
 }
 
+/// What a process uses of its host.
+#[derive(Debug, Clone, Copy)]
+pub struct Resources {
+    /// Open files.
+    pub fds: usize,
+    /// Threads.
+    pub threads: usize,
+    /// See [`Vmm::memory_mib`].
+    pub memory_mib: f64,
+}
+
 impl Vmm {
     /// Starts a VMM in namespace `ns` with further `args`; its files go to `dir`.
     pub fn start(name: &str, ns: &str, dir: &Path, args: &[String]) -> Result<Self> {
@@ -145,14 +156,18 @@ impl Vmm {
         self.child.id()
     }
 
-    /// Number of open files and of threads, without those that come and go: the kernel's for io_uring, the API's workers.
-    pub fn fds_and_threads(&self) -> Result<(usize, usize)> {
+    /// What it uses of the host. Threads that come and go are not counted: the kernel's for io_uring, the API's workers.
+    pub fn resources(&self) -> Result<Resources> {
         let of = |what: &str| std::fs::read_dir(format!("/proc/{}/{what}", self.pid()));
         let stays = |task: &std::fs::DirEntry| {
             let name = std::fs::read_to_string(task.path().join("comm")).unwrap_or_default();
             !name.starts_with("iou-") && !name.starts_with("api-worker")
         };
-        Ok((of("fd")?.count(), of("task")?.flatten().filter(stays).count()))
+        Ok(Resources {
+            fds: of("fd")?.count(),
+            threads: of("task")?.flatten().filter(stays).count(),
+            memory_mib: self.memory_mib()?,
+        })
     }
 
     /// MiB that it has in memory beyond guest RAM, whose mapping is its largest.

@@ -36,13 +36,25 @@ pub struct HostSpec {
     pub disks: Vec<Disk>,
 }
 
-/// A disk of a host; its file is `NAME-HOST.img` in the bed's folder.
+/// A disk of a host.
 #[derive(Clone)]
 pub struct Disk {
     /// Its name, at most 20 characters.
     pub name: String,
     /// What it holds at the start.
     pub content: Content,
+    /// All hosts reach this one disk, as a LUN of a SAN.
+    pub shared: bool,
+}
+
+impl Disk {
+    /// Its file in the bed's folder `out`, as `host` has it.
+    pub(crate) fn file(&self, out: &Path, host: &str) -> PathBuf {
+        match self.shared {
+            true => out.join(format!("{}.img", self.name)),
+            false => out.join(format!("{}-{host}.img", self.name)),
+        }
+    }
 }
 
 /// What a disk holds at the start.
@@ -75,7 +87,21 @@ impl Spec {
         self.hosts[host].disks.push(Disk {
             name: name.into(),
             content,
+            shared: false,
         });
+        Ok(self)
+    }
+
+    /// Gives all hosts one copy of the Debian guest's disk together.
+    pub fn shared_guest_disk(mut self, name: &str) -> Result<Self> {
+        let disk = Disk {
+            name: name.into(),
+            content: Content::CopyOf(places::images()?.join("guest/disk.img")),
+            shared: true,
+        };
+        for host in &mut self.hosts {
+            host.disks.push(disk.clone());
+        }
         Ok(self)
     }
 
@@ -85,6 +111,7 @@ impl Spec {
         self.hosts[host].disks.push(Disk {
             name: name.into(),
             content,
+            shared: false,
         });
         Ok(self)
     }
@@ -168,9 +195,16 @@ impl Bed {
         &self.places.out
     }
 
-    /// The file of a disk.
-    pub fn disk(&self, host: &str, disk: &str) -> PathBuf {
-        self.places.out.join(format!("{disk}-{host}.img"))
+    /// The file of a disk; an error when the host has none of this name.
+    pub fn disk(&self, host: &str, disk: &str) -> Result<PathBuf> {
+        let hosts = self.hosts.iter().zip(&self.specs);
+        let mut disks = hosts
+            .filter(|(running, _)| running.name() == host)
+            .flat_map(|(_, spec)| &spec.disks);
+        let disk = disks
+            .find(|d| d.name == disk)
+            .with_context(|| format!("host {host} has no disk {disk}"))?;
+        Ok(disk.file(self.out(), host))
     }
 
     /// Powers all hosts off that still run, so that all they wrote is on their disks.

@@ -6,6 +6,7 @@
 use anyhow::{Result, bail, ensure};
 use bed1::table::{Case, Outcome};
 
+use crate::client::Report;
 use crate::protected::Protected;
 
 /// All cases.
@@ -18,6 +19,11 @@ pub fn all() -> Vec<Case<()>> {
             "primary-stopped",
             "the backup goes on; the woken primary stops and sends nothing more",
             primary_stopped,
+        ),
+        case(
+            "shared-disk",
+            "the host of the primary goes off: the backup goes on with the disk that both reach; its file system is clean",
+            shared_disk,
         ),
         case(
             "backup-stopped",
@@ -61,14 +67,18 @@ fn protected(client: &'static str) -> Result<Protected> {
 fn end(mut guest: Protected, happened: &str) -> Outcome {
     guest.progress(10)?;
     let report = guest.end_sessions()?;
+    Ok((happened.into(), figures(&report)))
+}
+
+/// Of sessions whose end was checked.
+fn figures(report: &Report) -> Vec<(&'static str, f64)> {
     let gaps = report.sessions().map(|(_, session)| session.max_gap_ms as f64);
-    let figures = vec![
+    vec![
         ("gap_ms", gaps.into_iter().fold(0.0, f64::max)),
         ("redis_writes", report.redis.answered as f64),
         ("synced_lines", report.ssh.answered as f64),
         ("lost", 0.0),
-    ];
-    Ok((happened.into(), figures))
+    ]
 }
 
 fn primary_killed(_: &()) -> Outcome {
@@ -93,6 +103,20 @@ fn primary_stopped(_: &()) -> Outcome {
     guest.run("a", "kill -CONT $(</run/p.pid)")?;
     guest.wait_state("p", "stopped")?;
     end(guest, "backup solo, woken primary stopped")
+}
+
+fn shared_disk(_: &()) -> Outcome {
+    let mut guest = Protected::start_shared("faults")?;
+    guest.receive("/dev/bed/lun")?;
+    guest.enable(3000, "--shared-disk _disk0")?;
+    guest.sessions(10)?;
+    guest.cut_primary()?;
+    guest.wait_state("b", "solo")?;
+    guest.progress(10)?;
+    let report = guest.finish_sessions()?;
+    let figures = figures(&report);
+    guest.finish(&report)?;
+    Ok(("backup solo; file system clean, every line there".into(), figures))
 }
 
 fn backup_stopped(_: &()) -> Outcome {

@@ -333,9 +333,14 @@ fn connect(path: &Path, qemu: &mut Child) -> Result<UnixStream> {
 
 /// Makes the disks of a host as they are at the start.
 pub(crate) fn make_disks(name: &str, spec: &HostSpec, places: &Places) -> Result<()> {
-    let file = |disk: &str| places.out.join(format!("{disk}-{name}.img"));
-    let mut disks = spec.disks.iter();
-    disks.try_for_each(|disk| make_disk(&disk.content, &file(&disk.name)))
+    for disk in &spec.disks {
+        let file = disk.file(&places.out, name);
+        // The first host's turn was before.
+        if !(disk.shared && file.exists()) {
+            make_disk(&disk.content, &file)?;
+        }
+    }
+    Ok(())
 }
 
 fn make_disk(content: &Content, file: &Path) -> Result<()> {
@@ -378,21 +383,22 @@ fn arguments(name: &str, spec: &HostSpec, joined: bool, places: &Places) -> Vec<
         "append",
         format!("console=ttyS0 loglevel=5 mitigations=off net.ifnames=0 tsc=reliable panic=-1 bed.host={name}"),
     );
-    let mut disk = |name: &str, file: String, mode: &str| {
+    let mut disk = |name: &str, file: &Path, mode: &str, device: &str| {
+        let file = quoted(file);
         add("drive", format!("if=none,id={name},format=raw,file={file},{mode}"));
         add(
             "device",
-            format!("virtio-blk-pci,drive={name},serial={name},disable-legacy=on"),
+            format!("virtio-blk-pci,drive={name},serial={name},disable-legacy=on{device}"),
         );
     };
-    disk("root", quoted(&host.join("root.img")), "readonly=on");
+    disk("root", &host.join("root.img"), "readonly=on", "");
     for extra in &spec.disks {
         // What qemu has written survives qemu's end; the machine's own crash is not what is tested here.
-        disk(
-            &extra.name,
-            format!("{out}/{}-{name}.img", extra.name),
-            "cache=unsafe,discard=unmap",
-        );
+        let (mode, device) = match extra.shared {
+            true => ("cache=unsafe,discard=unmap,file.locking=off", ",share-rw=on"),
+            false => ("cache=unsafe,discard=unmap", ""),
+        };
+        disk(&extra.name, &extra.file(&places.out, name), mode, device);
     }
     let shares = [
         ("bed", quoted(&crate::places::repository().join("scripts/bed2.d")), true),

@@ -23,6 +23,8 @@ pub struct Protected {
     pub bed: Bed,
     survivor: &'static str,
     client: &'static str,
+    /// The disk that the survivor has at the end.
+    disk: &'static str,
     sessions: Option<Running>,
 }
 
@@ -31,18 +33,31 @@ const GUEST_VMM: &str = "--cpus boot=1 --memory size=384M --kernel /images/guest
      --cmdline \"$GUEST_CMDLINE\" --console off";
 
 impl Protected {
-    /// Boots the hosts, the guest on the primary, and an idle VMM for the backup.
+    /// Boots the hosts, the guest on the primary, and an idle VMM for the backup. Each of the two has a disk of its own.
     pub fn start(name: &str, hosts: usize) -> Result<Self> {
         let spec = Spec::new(name, hosts).guest_disk(0, "primary")?;
+        let spec = spec.blank_disk(hosts - 1, "backup")?;
+        Self::boot(spec, "path=/dev/bed/primary", "backup")
+    }
+
+    /// The same with one disk, `/dev/bed/lun`, that both of two hosts reach.
+    pub fn start_shared(name: &str) -> Result<Self> {
+        let spec = Spec::new(name, 2).shared_guest_disk("lun")?;
+        Self::boot(spec, "path=/dev/bed/lun,direct=on", "lun")
+    }
+
+    fn boot(spec: Spec, primary_disk: &str, disk: &'static str) -> Result<Self> {
+        let survivor = if spec.hosts.len() == 2 { "b" } else { "a" };
         let mut this = Self {
-            bed: Bed::start(spec.blank_disk(hosts - 1, "backup")?)?,
-            survivor: if hosts == 2 { "b" } else { "a" },
-            client: if hosts == 2 { "b" } else { "a" },
+            bed: Bed::start(spec)?,
+            survivor,
+            client: survivor,
+            disk,
             sessions: None,
         };
         let p = format!(
             "tap tapp
-             vmm p {GUEST_VMM} --disk path=/dev/bed/primary --net tap=tapp,mac=52:54:00:00:00:02 \
+             vmm p {GUEST_VMM} --disk {primary_disk} --net tap=tapp,mac=52:54:00:00:00:02 \
                  --serial file=$LOGS/guest-p.log --ft-arbiter file:/out/arbiter"
         );
         this.bed.host("a").run(&p, STEP)?;
@@ -216,7 +231,7 @@ impl Protected {
         let off = "remote b power-button; wait_for 240 'power-off of the guest' ended b";
         self.survivor().run(off, STEP)?;
         self.bed.power_off()?;
-        let disk = self.bed.disk(self.survivor, "backup");
+        let disk = self.bed.disk(self.survivor, self.disk)?;
         check_file_system(&disk)?;
         check_lines(&file_in_image(&disk, "/root/lines")?, report)
     }

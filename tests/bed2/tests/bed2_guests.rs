@@ -110,7 +110,7 @@ fn debian_boots_to_ssh_reboots_and_powers_off() {
     assert_eq!(value(&again, "cpus"), "2");
     assert_eq!(value(&again, "sum"), value(&seen, "sum"));
     bed.power_off().unwrap();
-    check_file_system(&bed.disk("a", "guest")).unwrap();
+    check_file_system(&bed.disk("a", "guest").unwrap()).unwrap();
     let serial = std::fs::read_to_string(bed.out().join("logs/debian.log")).unwrap();
     assert!(
         serial.contains("guest login:"),

@@ -97,6 +97,7 @@ fn run(options: Run) -> Result<i32> {
             host.disks.push(Disk {
                 name: name.into(),
                 content: Content::CopyOf(file),
+                shared: false,
             });
         }
     }

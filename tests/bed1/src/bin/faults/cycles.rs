@@ -6,7 +6,7 @@ use anyhow::{Context, Result, ensure};
 use bed1::failover;
 use bed1::loads::{self, Loads};
 use bed1::pair::{Bed, Host, Options, Side};
-use bed1::process::Vmm;
+use bed1::process::{Resources, Vmm};
 use bed1::proxied::LIMIT;
 use load::stats::Summary;
 
@@ -30,12 +30,6 @@ pub fn all() -> Vec<Case> {
             failovers,
         ),
     ]
-}
-
-/// Open files, threads, resident MiB beyond guest RAM.
-fn usage(vmm: &Vmm) -> Result<(usize, usize, f64)> {
-    let (fds, threads) = vmm.fds_and_threads()?;
-    Ok((fds, threads, vmm.memory_mib()?))
 }
 
 fn enable_disable(counts: &Counts) -> Outcome {
@@ -62,29 +56,33 @@ fn enable_disable(counts: &Counts) -> Outcome {
     loads.verify(&primary.disk)?;
     for (who, before, after) in [("primary", before.0, after.0), ("backup", before.1, after.1)] {
         ensure!(
-            after.0 <= before.0 && after.1 <= before.1 && after.2 <= before.2 + NOISE,
-            "what the {who} uses grew from {before:?} to {after:?} (files, threads, MiB)"
+            after.fds <= before.fds && after.threads <= before.threads && after.memory_mib <= before.memory_mib + NOISE,
+            "what the {who} uses grew from {before:?} to {after:?}"
         );
     }
     let figures = vec![
         ("cycles", f64::from(counts.cycles)),
-        ("primary_mib_before", before.0.2),
-        ("primary_mib_after", after.0.2),
-        ("backup_mib_before", before.1.2),
-        ("backup_mib_after", after.1.2),
-        ("primary_files", after.0.0 as f64),
-        ("primary_threads", after.0.1 as f64),
+        ("primary_mib_before", before.0.memory_mib),
+        ("primary_mib_after", after.0.memory_mib),
+        ("backup_mib_before", before.1.memory_mib),
+        ("backup_mib_after", after.1.memory_mib),
+        ("primary_files", after.0.fds as f64),
+        ("primary_threads", after.0.threads as f64),
     ];
     Ok(("runs on unprotected, nothing grew".into(), figures))
 }
 
 /// What a process uses once threads that are ending have ended.
-fn settled(vmm: &mut Vmm) -> Result<(usize, usize, f64)> {
-    let mut least = usage(vmm)?;
+fn settled(vmm: &mut Vmm) -> Result<Resources> {
+    let mut least = vmm.resources()?;
     for _ in 0..20 {
         std::thread::sleep(Duration::from_millis(20));
-        let now = usage(vmm)?;
-        least = (least.0.min(now.0), least.1.min(now.1), least.2.min(now.2));
+        let now = vmm.resources()?;
+        least = Resources {
+            fds: least.fds.min(now.fds),
+            threads: least.threads.min(now.threads),
+            memory_mib: least.memory_mib.min(now.memory_mib),
+        };
     }
     Ok(least)
 }
