@@ -16,8 +16,8 @@ pub const TAKEOVER_LIMIT: Duration = Duration::from_secs(30);
 pub struct Takeover {
     /// Longest time between two answers on any connection around the kill.
     pub gap_ms: f64,
-    /// The same by load.
-    pub gaps_ms: Vec<(String, f64)>,
+    /// The same of each connection, by load.
+    pub gaps_ms: Vec<(String, Vec<f64>)>,
     /// From the last sign of life of the primary to its detected loss, as the backup says.
     pub detection_ms: Option<f64>,
     /// From detection to the resumed guest, as the backup says.
@@ -29,8 +29,13 @@ pub struct Takeover {
 impl Takeover {
     /// The load with the longest gap.
     pub fn slowest(&self) -> &str {
-        let slowest = self.gaps_ms.iter().max_by(|a, b| a.1.total_cmp(&b.1));
+        let slowest = self.gaps_ms.iter().find(|(_, gaps)| gaps.contains(&self.gap_ms));
         slowest.map_or("no load", |(name, _)| name)
+    }
+
+    /// The gap of each connection, all loads together.
+    pub fn connections_ms(&self) -> impl Iterator<Item = f64> {
+        self.gaps_ms.iter().flat_map(|(_, gaps)| gaps.iter().copied())
     }
 }
 
@@ -56,19 +61,18 @@ pub fn after(moment: Instant, survivor: &mut Host, loads: &Loads) -> Result<Take
             survivor.vmm.tail()
         )
     })?;
-    let gaps_ms: Vec<(String, f64)> = loads
-        .gaps_since(moment)
-        .into_iter()
-        .map(|(name, gap)| (name, ms(gap)))
-        .collect();
+    let gaps = loads.gaps_since(moment).into_iter();
     let info = survivor.vmm.ft_info()?;
-    Ok(Takeover {
-        gap_ms: gaps_ms.iter().map(|(_, gap)| *gap).fold(0.0, f64::max),
-        gaps_ms,
+    let mut takeover = Takeover {
+        gaps_ms: gaps
+            .map(|(name, gaps)| (name, gaps.into_iter().map(ms).collect()))
+            .collect(),
         detection_ms: info["detection_ms"].as_f64(),
         activation_ms: info["activation_ms"].as_f64(),
-        solo_ms: 0.0,
-    })
+        ..Takeover::default()
+    };
+    takeover.gap_ms = takeover.connections_ms().fold(0.0, f64::max);
+    Ok(takeover)
 }
 
 /// Starts a fresh backup on `side` and protects `primary` by it. The backup's disk is what was left there.

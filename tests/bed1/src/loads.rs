@@ -197,11 +197,11 @@ impl Loads {
         Ok(())
     }
 
-    /// Longest wait for an answer since `moment`, by load.
-    pub fn gaps_since(&self, moment: Instant) -> Vec<(String, Duration)> {
+    /// Longest wait for an answer since `moment` of each connection, by load.
+    pub fn gaps_since(&self, moment: Instant) -> Vec<(String, Vec<Duration>)> {
         self.loads
             .iter()
-            .map(|load| (load.name().to_string(), load.longest_gap_since(moment)))
+            .map(|load| (load.name().to_string(), load.longest_gaps_since(moment)))
             .collect()
     }
 

@@ -217,13 +217,9 @@ impl Load {
         }
     }
 
-    /// Longest time between two answers of any connection that ended after `moment` or still goes on.
-    pub fn longest_gap_since(&self, moment: Instant) -> Duration {
-        self.meters
-            .iter()
-            .map(|m| m.longest_gap_since(moment))
-            .max()
-            .unwrap_or_default()
+    /// Of each connection the longest time between two answers that ended after `moment` or still goes on.
+    pub fn longest_gaps_since(&self, moment: Instant) -> Vec<Duration> {
+        self.meters.iter().map(|m| m.longest_gap_since(moment)).collect()
     }
 
     /// Latencies and gaps are measured anew from here.

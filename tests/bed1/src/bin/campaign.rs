@@ -143,6 +143,12 @@ fn summary(takeovers: &[Takeover], f: impl Fn(&Takeover) -> Option<f64>) -> Summ
     Summary::of(&takeovers.iter().filter_map(f).collect::<Vec<_>>())
 }
 
+/// Gaps of all connections.
+fn connection_gaps(takeovers: &[Takeover]) -> Summary {
+    let gaps = takeovers.iter().flat_map(Takeover::connections_ms);
+    Summary::of(&gaps.collect::<Vec<_>>())
+}
+
 fn as_table(args: &Args, seed: u64, results: &Results, seconds: f64) -> Table {
     let mut table = Table::default();
     table.row("seed", seed.to_string());
@@ -167,6 +173,7 @@ fn as_table(args: &Args, seed: u64, results: &Results, seconds: f64) -> Table {
         &summary(&results.takeovers, |t| Some(t.gap_ms)),
         "ms",
     );
+    table.summary("    each connection", &connection_gaps(&results.takeovers), "ms");
     table.summary("detection", &summary(&results.takeovers, |t| t.detection_ms), "ms");
     table.summary("activation", &summary(&results.takeovers, |t| t.activation_ms), "ms");
     table.summary("gap, backup killed", &summary(&results.solos, |t| Some(t.gap_ms)), "ms");
@@ -196,6 +203,7 @@ fn as_json(args: &Args, seed: u64, results: &Results, seconds: f64, error: Optio
         "pages_dirtied": results.dirtied,
         "lapses": results.lapses,
         "gap_ms": summary(&results.takeovers, |t| Some(t.gap_ms)),
+        "gap_of_connections_ms": connection_gaps(&results.takeovers),
         "detection_ms": summary(&results.takeovers, |t| t.detection_ms),
         "activation_ms": summary(&results.takeovers, |t| t.activation_ms),
         "gap_backup_killed_ms": summary(&results.solos, |t| Some(t.gap_ms)),

@@ -20,6 +20,9 @@ use crate::suite::{Metric, Workload};
 /// Time that a change of FT is given before it is measured.
 const SETTLE: Duration = Duration::from_millis(500);
 
+/// The gap of a connection should not be above this.
+const GAP_TARGET_MS: f64 = 60.0;
+
 /// Guests with at least this much RAM, in MiB, get streams with buffers as large as Linux gives them: what a stream may
 /// have under way bounds it when the other side's answers are held for an epoch.
 const WIDE: u64 = 512;
@@ -338,7 +341,12 @@ impl Outcome {
 /// Gaps that clients saw, in ms.
 #[derive(Debug, Clone, Serialize)]
 pub struct Gaps {
+    /// Of each connection.
     killed: Summary,
+    /// Of the connection with the longest gap in each takeover.
+    killed_slowest: Summary,
+    /// Connections whose gap was above [`GAP_TARGET_MS`].
+    killed_late: usize,
     detection: Summary,
     activation: Summary,
     /// Beyond the heartbeat timeout.
@@ -348,7 +356,10 @@ pub struct Gaps {
 impl Gaps {
     /// For people.
     pub fn rows(&self, table: &mut Table) {
-        table.summary("gap, process killed", &self.killed, "ms");
+        table.summary("gap of each connection, process killed", &self.killed, "ms");
+        let late = format!("{} of {}", self.killed_late, self.killed.count);
+        table.row(format!("    above {GAP_TARGET_MS} ms"), late);
+        table.summary("    longest in each takeover", &self.killed_slowest, "ms");
         table.summary("    detection", &self.detection, "ms");
         table.summary("    activation", &self.activation, "ms");
         table.summary("gap beyond the timeout, host silent", &self.silent_beyond_timeout, "ms");
@@ -393,7 +404,7 @@ pub fn gaps(count: u32) -> Result<Gaps> {
             .loads
             .gaps_since(moment)
             .into_iter()
-            .map(|(_, gap)| gap)
+            .flat_map(|(_, gaps)| gaps)
             .max()
             .unwrap_or_default();
         silent.push(gap.as_secs_f64() * 1e3 - f64::from(timeout));
@@ -401,8 +412,15 @@ pub fn gaps(count: u32) -> Result<Gaps> {
     let of = |f: &dyn Fn(&bed1::failover::Takeover) -> Option<f64>| {
         Summary::of(&results.takeovers.iter().filter_map(f).collect::<Vec<_>>())
     };
+    let connections = results
+        .takeovers
+        .iter()
+        .flat_map(bed1::failover::Takeover::connections_ms);
+    let connections: Vec<f64> = connections.collect();
     Ok(Gaps {
-        killed: of(&|t| Some(t.gap_ms)),
+        killed: Summary::of(&connections),
+        killed_slowest: of(&|t| Some(t.gap_ms)),
+        killed_late: connections.iter().filter(|gap| **gap > GAP_TARGET_MS).count(),
         detection: of(&|t| t.detection_ms),
         activation: of(&|t| t.activation_ms),
         silent_beyond_timeout: Summary::of(&silent),
