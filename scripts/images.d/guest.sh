@@ -37,7 +37,7 @@ guest_settings() {
   : >"$root/etc/fstab" # the initrd mounts the root, whatever its device
   install -d -m 700 "$root/root/.ssh"
   install -m 600 "$2" "$root/root/.ssh/authorized_keys"
-  printf 'PermitRootLogin prohibit-password\nPasswordAuthentication no\nUseDNS no\nUsePAM no\nPrintMotd no\n' \
+  printf 'PermitRootLogin prohibit-password\nPasswordAuthentication no\nUseDNS no\nUsePAM no\nPrintMotd no\nLoginGraceTime 0\n' \
     >"$root/etc/ssh/sshd_config.d/guest.conf"
   install -D -m 644 /dev/stdin "$root/etc/systemd/journald.conf.d/guest.conf" <<<$'[Journal]\nStorage=volatile'
   # A static address; `ip=` on the kernel command line goes before it (systemd-network-generator).

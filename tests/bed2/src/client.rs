@@ -13,8 +13,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
-/// A session that gets no answer for so long has failed.
-const SILENCE: Duration = Duration::from_secs(60);
+/// A session that gets no answer for so long has failed: a hang guard, the emulated hosts are slow.
+const SILENCE: Duration = Duration::from_secs(240);
 
 /// What became of one session.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -175,8 +175,7 @@ fn connect(guest: &str, port: u16) -> Result<TcpStream> {
         .to_socket_addrs()?
         .next()
         .with_context(|| format!("address {guest}"))?;
-    let stream = TcpStream::connect_timeout(&address, Duration::from_secs(10))
-        .with_context(|| format!("connect to {address}"))?;
+    let stream = TcpStream::connect_timeout(&address, SILENCE).with_context(|| format!("connect to {address}"))?;
     stream.set_read_timeout(Some(SILENCE))?;
     stream.set_nodelay(true)?;
     Ok(stream)

@@ -67,6 +67,7 @@ fn protected(client: &'static str) -> Result<Protected> {
 fn end(mut guest: Protected, happened: &str) -> Outcome {
     guest.progress(10)?;
     let report = guest.end_sessions()?;
+    guest.bed.passed();
     Ok((happened.into(), figures(&report)))
 }
 
@@ -197,19 +198,21 @@ fn both_hosts_off(durability: &str) -> Outcome {
         ("synced_lines", acknowledged[2] as f64),
         ("lost_primary", lost(&primary)),
     ];
-    match backup {
+    let happened = match backup {
         Ok(backup) => {
             ensure!(
                 durability == "memory-of-both" || backup.lost() == 0,
                 "the backup's copy: {backup:?}"
             );
             figures.push(("lost_backup", lost(&backup)));
-            Ok(("both copies boot".into(), figures))
+            "both copies boot".into()
         }
         Err(e) if durability == "memory-of-both" => {
             let what = format!("{e:#}").lines().next().unwrap_or_default().to_string();
-            Ok((format!("the backup's copy is of no use alone: {what}"), figures))
+            format!("the backup's copy is of no use alone: {what}")
         }
-        Err(e) => Err(e),
-    }
+        Err(e) => return Err(e),
+    };
+    guest.bed.passed();
+    Ok((happened, figures))
 }

@@ -44,4 +44,5 @@ fn r5_both_hosts_without_power_lose_no_acknowledged_write_with_disk_of_both() {
         println!("host {host}: {found:?}");
         assert_eq!(found.lost(), 0, "host {host}: {found:?}");
     }
+    guest.bed.passed();
 }

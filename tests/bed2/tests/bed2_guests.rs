@@ -53,6 +53,7 @@ fn busybox_boots_both_ways_and_comes_back_from_a_snapshot() {
          [ \"$(quick 'cat /tmp/file')\" = kept ] || fail 'the guest forgot'
          remote r power-button; wait_for 30 power-off ended r",
     );
+    bed.passed();
 }
 
 /// The Debian guest: two processors, disk, network, random numbers, clock, serial console; reboot, power button.
@@ -116,4 +117,5 @@ fn debian_boots_to_ssh_reboots_and_powers_off() {
         serial.contains("guest login:"),
         "the serial console shows no login:\n{serial}"
     );
+    bed.passed();
 }

@@ -38,9 +38,9 @@ struct Run {
     /// Number of hosts; two are joined by one Ethernet
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=2))]
     hosts: u8,
-    /// vCPUs of each host
-    #[arg(long, default_value_t = 2)]
-    cpus: u32,
+    /// vCPUs of each host [default: 2, with two hosts 1]
+    #[arg(long)]
+    cpus: Option<u32>,
     /// Memory of each host in MiB [default: 4096, with two hosts 3072]
     #[arg(long)]
     memory: Option<u32>,
@@ -87,7 +87,7 @@ fn run(options: Run) -> Result<i32> {
     let mut spec = Spec::new("run", options.hosts.into());
     let script = std::fs::read_to_string(&options.script).with_context(|| options.script.display().to_string())?;
     for host in &mut spec.hosts {
-        host.cpus = options.cpus;
+        host.cpus = options.cpus.unwrap_or(host.cpus);
         host.memory = options.memory.unwrap_or(host.memory);
         for disk in &options.disk {
             let (name, file) = match disk.split_once('=') {
@@ -158,10 +158,9 @@ fn run(options: Run) -> Result<i32> {
     }
     bed.power_off()?;
     eprintln!("bed 2: done after {:.1} s", start.elapsed().as_secs_f64());
-    scripts
-        .iter()
-        .find_map(|script| script.status)
-        .context("no host lived to the script's end")
+    let status = scripts.iter().find_map(|script| script.status);
+    bed.passed();
+    status.context("no host lived to the script's end")
 }
 
 impl Script {
