@@ -29,8 +29,12 @@ impl Controller {
     /// Copies what the guest has written so far while it runs on, for as long as that leaves less for the pause.
     pub(super) fn copy_ahead(&mut self) -> Result<(), MachineError> {
         self.stage.clear();
-        let mut began = self.epoch_began;
-        let mut expected = self.dirty_rate * began.elapsed().as_secs_f64();
+        let began = self.epoch_began;
+        self.copy_passes(began, self.dirty_rate * began.elapsed().as_secs_f64())
+    }
+
+    /// The same, beside what is staged; `expected` pages were written since `began`.
+    pub(super) fn copy_passes(&mut self, mut began: Instant, mut expected: f64) -> Result<(), MachineError> {
         for _ in 0..MAX_PASSES {
             if expected < AHEAD {
                 break;

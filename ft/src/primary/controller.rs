@@ -1,7 +1,7 @@
 //! The controller thread: it alone pauses and resumes the VM, attaches and takes away the interposer.
 //!
 //! ```text
-//! pre-copy -> pause, last pass, attach, checkpoint 1, resume -> [ sleep -> checkpoint -> send ]* -> let go or stop
+//! pre-copy -> pause, last of the disks, attach, checkpoint 1, resume -> [ sleep -> checkpoint -> send ]* -> let go or stop
 //! ```
 
 use std::collections::VecDeque;
@@ -117,9 +117,12 @@ impl Controller {
         // So that little is left to be flushed in the pause.
         self.session.flush_disks()?;
         self.fit_cache();
+        let began = Instant::now();
+        precopy::set_aside(self, pending)?;
+        self.copy_passes(began, f64::MAX)?;
         let begin = Instant::now();
         self.pause()?;
-        precopy::last_pass(self, pending)?;
+        precopy::last_pass(self)?;
         let session = &self.session;
         session.machine.attach(session.interposer.clone(), &session.id)?;
         self.attached = true;

@@ -3,7 +3,8 @@
 //! The first pass sends everything (RAM pages that are zero are left out: a fresh shadow's RAM is zero; zero disk
 //! blocks are sent as such, for the backup's file may hold anything). Of a disk whose old copy the backup has for certain
 //! it sends only what differs ([`crate::copies`]). Each further pass sends what changed meanwhile.
-//! When passes stop shrinking, the guest is slowed down; in the end it is paused for the last pass.
+//! When passes stop shrinking, the guest is slowed down. The little that is left of RAM goes with the first checkpoint, so the
+//! guest stands still in the end no longer than at any other; of disks it is what was written while the rest was sent.
 
 use std::io;
 use std::sync::atomic::Ordering;
@@ -47,7 +48,7 @@ const CHUNK: u64 = 1 << 20;
 /// Disk blocks that are looked at for being zero.
 const BLOCK: usize = 64 << 10;
 
-/// As much as this may be left for the pause.
+/// As much as this may be left for the first checkpoint.
 const SMALL: u64 = 4 << 20;
 
 /// Or as much as goes in this time.
@@ -125,15 +126,22 @@ pub(super) fn run(c: &mut Controller) -> Result<Pending, BeginError> {
     Ok(pending)
 }
 
-/// What is left, with the VM paused: nothing changes any more, so after this the backup has everything.
-pub(super) fn last_pass(c: &mut Controller, pending: Pending) -> Result<(), BeginError> {
-    send(c, &pending, false, None)?;
-    let rest = harvest(c)?;
-    send(c, &rest, false, None)?;
+/// What is left: the disks' part is sent, RAM's is copied for the first checkpoint. The VM still runs.
+pub(super) fn set_aside(c: &mut Controller, pending: Pending) -> Result<(), BeginError> {
+    let machine = c.session.machine.clone();
+    let Pending { ram, disks } = pending;
+    send(c, &Pending { ram: Vec::new(), disks }, false, None)?;
+    c.stage.clear();
+    Ok(c.stage.copy(&ram, |gpa, to| machine.read_memory(gpa, to))?)
+}
+
+/// Disk blocks written since then, with the VM paused. RAM written since then goes with the first checkpoint.
+pub(super) fn last_pass(c: &mut Controller) -> Result<(), BeginError> {
+    let disks = harvest_disks(c)?;
+    send(c, &Pending { ram: Vec::new(), disks }, false, None)?;
     let session = c.session.clone();
     session.machine.throttle(100);
     let progress = &mut lock(&session.metrics).progress;
-    (progress.ram_bytes_remaining, progress.disk_bytes_remaining) = (0, 0);
     (progress.rate, progress.seconds_left) = (0.0, 0.0);
     Ok(())
 }
@@ -198,18 +206,22 @@ fn unlike_sample(
 }
 
 fn harvest(c: &mut Controller) -> Result<Pending, BeginError> {
-    let machine = &c.session.machine;
-    let mut pending = Pending::default();
-    machine.harvest_dirty(&mut pending.ram)?;
-    let mut ranges = Vec::new();
+    let mut ram = Vec::new();
+    c.session.machine.harvest_dirty(&mut ram)?;
+    Ok(Pending {
+        ram,
+        disks: harvest_disks(c)?,
+    })
+}
+
+fn harvest_disks(c: &Controller) -> Result<Vec<(u16, u64, u64)>, BeginError> {
+    let (mut disks, mut ranges) = (Vec::new(), Vec::new());
     for (disk, _) in copied(c) {
         ranges.clear();
-        machine.harvest_dirty_blocks(disk, &mut ranges)?;
-        pending
-            .disks
-            .extend(ranges.iter().map(|(offset, len)| (disk, *offset, *len)));
+        c.session.machine.harvest_dirty_blocks(disk, &mut ranges)?;
+        disks.extend(ranges.iter().map(|(offset, len)| (disk, *offset, *len)));
     }
-    Ok(pending)
+    Ok(disks)
 }
 
 fn send(c: &mut Controller, pending: &Pending, first: bool, mut pace: Option<&mut Pace>) -> Result<(), BeginError> {

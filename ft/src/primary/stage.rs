@@ -75,13 +75,13 @@ impl Stage {
         (&self.runs, &mut self.bytes[..self.pages as usize * PAGE_SIZE])
     }
 
-    /// Room of `len` bytes for something else than an epoch's pages, which are forgotten.
+    /// Room of `len` bytes for something else than the pages; the next pages take it.
     pub(super) fn scratch(&mut self, len: usize) -> &mut [u8] {
-        self.clear();
-        if self.bytes.len() < len {
-            self.bytes.resize(len, 0);
+        let used = self.pages as usize * PAGE_SIZE;
+        if self.bytes.len() < used + len {
+            self.bytes.resize(used + len, 0);
         }
-        &mut self.bytes[..len]
+        &mut self.bytes[used..][..len]
     }
 
     /// Copies `written` pages (ascending) by means of `read` (address, where to); those that are here already anew.
