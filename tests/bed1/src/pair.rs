@@ -53,6 +53,8 @@ pub struct Options {
     pub spares: bool,
     /// What becomes of a shadow that differs.
     pub audit: &'static str,
+    /// The VMM's program instead of the one beside this program. It may lack FT, so VMs get no arbiter.
+    pub program: Option<PathBuf>,
 }
 
 impl Default for Options {
@@ -72,6 +74,7 @@ impl Default for Options {
             shared: false,
             spares: false,
             audit: "stop",
+            program: None,
         }
     }
 }
@@ -315,12 +318,13 @@ impl Bed {
             ("--net", format!("tap={TAP},mac={MAC}")),
             ("--serial", format!("file={}", serial.display())),
             ("--console", "off".into()),
-            ("--ft-arbiter", self.arbiter()),
         ];
+        let arbiter = self.options.program.is_none().then(|| ("--ft-arbiter", self.arbiter()));
         let extra = self.idle_disks(side).into_iter().chain(self.data_disk(side));
         let extra = extra.map(|(id, path)| ("--disk", format!("path={},id={id}", path.display())));
         Ok(args
             .into_iter()
+            .chain(arbiter)
             .chain(extra)
             .flat_map(|(option, value)| [option.to_string(), value])
             .collect())
@@ -335,7 +339,11 @@ impl Bed {
     pub fn start(&mut self, side: Side, args: &[String]) -> Result<Host> {
         let name = self.next_name(side);
         let serial = self.dir.join(format!("{name}.serial"));
-        let vmm = Vmm::start(&name, &self.network.ns(side.name()), &self.dir, args)?;
+        let program = match &self.options.program {
+            Some(program) => program.clone(),
+            None => binary("cloud-hypervisor")?,
+        };
+        let vmm = Vmm::start(&program, &name, &self.network.ns(side.name()), &self.dir, args)?;
         Ok(Host {
             side,
             vmm,

@@ -45,8 +45,8 @@ pub struct Resources {
 }
 
 impl Vmm {
-    /// Starts a VMM in namespace `ns` with further `args`; its files go to `dir`.
-    pub fn start(name: &str, ns: &str, dir: &Path, args: &[String]) -> Result<Self> {
+    /// Starts a VMM, the program `program`, in namespace `ns` with further `args`; its files go to `dir`.
+    pub fn start(program: &Path, name: &str, ns: &str, dir: &Path, args: &[String]) -> Result<Self> {
         if !Path::new("/dev/kvm").exists() {
             bail!("/dev/kvm is missing: this needs a machine with KVM");
         }
@@ -54,7 +54,7 @@ impl Vmm {
         let log = dir.join(format!("{name}.log"));
         let stderr = File::create(dir.join(format!("{name}.err")))?;
         let mut command = Command::new("ip");
-        command.args(["netns", "exec", ns]).arg(binary("cloud-hypervisor")?);
+        command.args(["netns", "exec", ns]).arg(program);
         command
             .arg("--api-socket")
             .arg(&socket)

@@ -1,7 +1,9 @@
-//! What an answer must wait for at least: the pause of a checkpoint, and one round trip of the log channel.
+//! What FT costs at least. An answer waits for the pause of a checkpoint and one round trip of the log channel; the bytes of
+//! a stream go over the log channel once.
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
@@ -14,22 +16,74 @@ const BACK: usize = 64;
 
 const ROUND_TRIPS: usize = 2000;
 
-/// Round trips of a small epoch's bytes over the log channel's network, in ms: two sockets and two threads, nothing else.
-pub fn round_trips(network: &Network) -> Result<Summary> {
+/// Bytes of one write of a stream, and of the memory that they come from and go to: more than processors cache.
+const CHUNK: usize = 256 << 10;
+const MEMORY: usize = 64 << 20;
+
+/// Times that a stream is measured, and for how long.
+const STREAMS: usize = 3;
+const STREAM_TIME: Duration = Duration::from_millis(500);
+
+/// Two sockets on the log channel's network, of hosts a and b.
+fn sockets(network: &Network) -> Result<(TcpStream, TcpStream)> {
     let listener = network.within("b", || TcpListener::bind((Network::log_ip("b"), 0)))?;
     let address = listener.local_addr()?;
-    let answers = std::thread::spawn(move || -> std::io::Result<()> {
-        let (mut stream, _) = listener.accept()?;
+    let a = network.within("a", || TcpStream::connect_timeout(&address, Duration::from_secs(5)))?;
+    let (b, _) = listener.accept()?;
+    for stream in [&a, &b] {
         stream.set_nodelay(true)?;
+    }
+    Ok((a, b))
+}
+
+/// What a thread returned, wherever it failed.
+fn joined<T>(thread: JoinHandle<std::io::Result<T>>) -> Result<T> {
+    let returned = thread.join().ok().context("the other side's thread panicked")?;
+    returned.context("the other side")
+}
+
+/// Bytes per second from memory of one process to memory of another over the log channel's network: no checksums, nothing
+/// compared, nothing else running.
+pub fn carried(network: &Network) -> Result<Summary> {
+    let mut rates = Vec::new();
+    for _ in 0..STREAMS {
+        let (mut from, mut to) = sockets(network)?;
+        let reader = std::thread::spawn(move || {
+            let mut memory = vec![1; MEMORY];
+            let (mut total, begin) = (0, Instant::now());
+            for chunk in std::iter::repeat_with(|| 0..MEMORY / CHUNK).flatten() {
+                let n = to.read(&mut memory[chunk * CHUNK..][..CHUNK])?;
+                if n == 0 {
+                    break;
+                }
+                total += n;
+            }
+            Ok(total as f64 / begin.elapsed().as_secs_f64())
+        });
+        let (memory, begin) = (vec![7; MEMORY], Instant::now());
+        for chunk in memory.chunks(CHUNK).cycle() {
+            from.write_all(chunk)?;
+            if begin.elapsed() > STREAM_TIME {
+                break;
+            }
+        }
+        drop(from);
+        rates.push(joined(reader)?);
+    }
+    Ok(Summary::of(&rates))
+}
+
+/// Round trips of a small epoch's bytes over the log channel's network, in ms: two sockets and two threads, nothing else.
+pub fn round_trips(network: &Network) -> Result<Summary> {
+    let (mut stream, mut far) = sockets(network)?;
+    let answers = std::thread::spawn(move || {
         let mut bytes = vec![0; THERE];
         for _ in 0..ROUND_TRIPS {
-            stream.read_exact(&mut bytes)?;
-            stream.write_all(&bytes[..BACK])?;
+            far.read_exact(&mut bytes)?;
+            far.write_all(&bytes[..BACK])?;
         }
         Ok(())
     });
-    let mut stream = network.within("a", || TcpStream::connect_timeout(&address, Duration::from_secs(5)))?;
-    stream.set_nodelay(true)?;
     let (there, mut back) = (vec![7; THERE], [0; BACK]);
     let mut times = Vec::with_capacity(ROUND_TRIPS);
     for _ in 0..ROUND_TRIPS {
@@ -38,10 +92,6 @@ pub fn round_trips(network: &Network) -> Result<Summary> {
         stream.read_exact(&mut back)?;
         times.push(begin.elapsed().as_secs_f64() * 1e3);
     }
-    answers
-        .join()
-        .ok()
-        .context("the answering thread panicked")?
-        .context("the answering side")?;
+    joined(answers)?;
     Ok(Summary::of(&times))
 }

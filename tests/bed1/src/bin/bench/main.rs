@@ -3,6 +3,7 @@
 mod bound;
 mod measure;
 mod page;
+mod plain;
 mod scaling;
 mod suite;
 
@@ -30,6 +31,9 @@ struct Args {
     /// Instead: some loads with more and more vCPUs, RAM, disks, and pairs of VMs.
     #[arg(long)]
     scaling: bool,
+    /// Instead: some loads, with FT off, on this build and on another of `cloud-hypervisor` that has no FT.
+    #[arg(long, value_name = "PROGRAM", conflicts_with = "scaling")]
+    plain: Option<PathBuf>,
     /// Writes all figures as JSON into this file.
     #[arg(long)]
     json: Option<PathBuf>,
@@ -60,6 +64,10 @@ fn run(args: &Args) -> Result<()> {
     if args.scaling {
         let curves = scaling::run(&all, args)?;
         return write(args, &scaling::json(&curves), &scaling::html(&curves));
+    }
+    if let Some(program) = &args.plain {
+        let pairs = plain::run(&all, args, program)?;
+        return write(args, &plain::json(&pairs), &plain::html(&pairs));
     }
     let mut outcomes = Vec::new();
     for load in all.iter().filter(|load| args.only.has(load.name)) {

@@ -1,5 +1,6 @@
 //! One load with FT off and on in turns; the gaps of takeovers.
 
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -85,19 +86,22 @@ pub struct Outcome {
     protect: Vec<f64>,
     /// Round trips of the log channel's network alone, in ms.
     round_trips: Summary,
+    /// Bytes per second that the log channel's network carries when nothing else runs; of streams.
+    carried: Summary,
 }
 
-/// Processor time of a process so far.
+/// Processor time of a process so far: that of its threads, in the scheduler's nanoseconds (proc_pid_schedstat(5)).
 fn cpu(host: &Host) -> Result<Duration> {
-    let stat = std::fs::read_to_string(format!("/proc/{}/stat", host.vmm.pid()))?;
-    // The name in brackets may hold anything; utime and stime are the 14th and 15th field.
-    let rest = stat.rsplit_once(')').context("no name in stat")?.1;
-    let fields: Vec<&str> = rest.split_whitespace().collect();
-    let ticks: u64 =
-        fields.get(11).context("no utime")?.parse::<u64>()? + fields.get(12).context("no stime")?.parse::<u64>()?;
-    // SAFETY: sysconf(3) takes a number and touches no memory.
-    let hz = unsafe { libc::sysconf(libc::_SC_CLK_TCK) }.max(1) as u64;
-    Ok(Duration::from_micros(ticks * 1_000_000 / hz))
+    let mut nanoseconds = 0;
+    for task in std::fs::read_dir(format!("/proc/{}/task", host.vmm.pid()))?.flatten() {
+        // A thread may end while they are listed.
+        let Ok(stat) = std::fs::read_to_string(task.path().join("schedstat")) else {
+            continue;
+        };
+        let spent = stat.split_whitespace().next().context("an empty schedstat")?;
+        nanoseconds += spent.parse::<u64>()?;
+    }
+    Ok(Duration::from_nanos(nanoseconds))
 }
 
 struct Sample {
@@ -109,20 +113,24 @@ struct Sample {
     sent: u64,
 }
 
-fn sample(primary: &Host, backup: &Host, loads: &mut Loads) -> Result<Sample> {
+fn sample(primary: &Host, backup: Option<&Host>, loads: &mut Loads) -> Result<Sample> {
     let verdicts = loads.verdicts();
-    let info = primary.vmm.ft_info()?;
+    let (sent, of_backup) = match backup {
+        Some(backup) => (primary.vmm.ft_info()?["bytes_sent"].as_u64(), cpu(backup)?),
+        None => Default::default(),
+    };
     Ok(Sample {
         status: loads.control.status()?,
         at: Instant::now(),
         answers: verdicts.iter().map(|v| v.answers).sum(),
         bytes: verdicts.iter().map(|v| v.bytes).sum(),
-        cpu: (cpu(primary)?, cpu(backup)?),
-        sent: info["bytes_sent"].as_u64().unwrap_or_default(),
+        cpu: (cpu(primary)?, of_backup),
+        sent: sent.unwrap_or_default(),
     })
 }
 
-fn window(load: &Workload, primary: &Host, backup: &Host, loads: &mut Loads, seconds: f64) -> Result<Window> {
+/// One stretch of `seconds`. Without a backup FT is off, and `primary` need not have it.
+fn window(load: &Workload, primary: &Host, backup: Option<&Host>, loads: &mut Loads, seconds: f64) -> Result<Window> {
     std::thread::sleep(SETTLE);
     let before = sample(primary, backup, loads)?;
     loads.new_phase();
@@ -150,11 +158,9 @@ fn window(load: &Workload, primary: &Host, backup: &Host, loads: &mut Loads, sec
     })
 }
 
-/// Measures a load.
-pub fn run(load: &Workload, setup: &Setup) -> Result<Outcome> {
-    let (rounds, seconds) = (setup.rounds.max(1), setup.seconds);
+fn bed(setup: &Setup, program: Option<PathBuf>) -> Result<Bed> {
     let wide = setup.memory >= WIDE;
-    let mut bed = Bed::new(Options {
+    let bed = Bed::new(Options {
         vcpus: setup.vcpus,
         memory_mib: setup.memory,
         disk_mib: 64,
@@ -162,21 +168,45 @@ pub fn run(load: &Workload, setup: &Setup) -> Result<Outcome> {
         limits: setup.limits.clone(),
         tls: setup.tls,
         cmdline: if wide { "window=2048".into() } else { String::new() },
+        program,
         ..Options::default()
     })?;
     bed.network.usual_buffers()?;
+    Ok(bed)
+}
+
+/// A load on a guest that boots for it in the VMM `program`, which is not asked for FT: its rate, and the median of its
+/// latency in ms.
+pub fn without_ft(load: &Workload, setup: &Setup, program: &Path) -> Result<(f64, f64)> {
+    let mut bed = bed(setup, Some(program.into()))?;
+    let host = bed.boot(Side::A)?;
+    let mut loads = Loads::start(&bed, &loads::model(&bed), &load.loads)?;
+    let window = window(load, &host, None, &mut loads, setup.seconds)?;
+    loads.check_guest()?;
+    loads.stop()?;
+    Ok((window.rate, window.latency.median))
+}
+
+/// Measures a load.
+pub fn run(load: &Workload, setup: &Setup) -> Result<Outcome> {
+    let (rounds, seconds) = (setup.rounds.max(1), setup.seconds);
+    let mut bed = bed(setup, None)?;
     let round_trips = bound::round_trips(&bed.network)?;
+    let carried = match load.metric {
+        Metric::Bytes => bound::carried(&bed.network)?,
+        _ => Summary::default(),
+    };
     let mut primary = bed.boot(Side::A)?;
     let mut backup = bed.backup(Side::B)?;
     let mut loads = Loads::start(&bed, &loads::model(&bed), &load.loads)?;
     let (mut off, mut on, mut memory, mut protect) = (Vec::new(), Vec::new(), (0.0, 0.0), Vec::new());
     for round in 0..rounds {
-        off.push(window(load, &primary, &backup, &mut loads, seconds)?);
+        off.push(window(load, &primary, Some(&backup), &mut loads, seconds)?);
         if round == 0 {
             memory.0 = primary.vmm.memory_mib()?;
         }
         protect.push(bed.protect(&mut primary, &mut backup)?.as_secs_f64() * 1e3);
-        let mut protected = window(load, &primary, &backup, &mut loads, seconds)?;
+        let mut protected = window(load, &primary, Some(&backup), &mut loads, seconds)?;
         let info = primary.vmm.ft_info()?;
         ensure!(info["state"] == "protected", "protection ended: {}", info["reason"]);
         protected.info = Some(info);
@@ -197,6 +227,7 @@ pub fn run(load: &Workload, setup: &Setup) -> Result<Outcome> {
         memory,
         protect,
         round_trips,
+        carried,
     })
 }
 
@@ -221,7 +252,8 @@ fn number(value: f64) -> String {
     }
 }
 
-fn spread(s: &Summary) -> String {
+/// Median (least - most), for people.
+pub fn spread(s: &Summary) -> String {
     format!("{} ({} - {})", number(s.median), number(s.min), number(s.max))
 }
 
@@ -261,6 +293,16 @@ impl Outcome {
             figures.push(("off", unit, of(&self.off, |w| w.rate)));
             figures.push(("on", unit, of(&self.on, |w| w.rate)));
             figures.push(("on / off", "", self.ratio()));
+        }
+        if self.metric == Metric::Bytes {
+            figures.push(("log channel's network alone", "bytes/s", self.carried));
+            // All processors are busy in both: the time for a byte is what it takes without FT and what the log takes.
+            let most = |w: &Window| 1.0 / (1.0 + w.rate / self.carried.median);
+            figures.push((
+                "most: a stream whose bytes go over the log once",
+                "on / off",
+                of(&self.off, most),
+            ));
         }
         if self.on.iter().any(|w| w.latency.count > 0) {
             figures.push(("latency off p50", "ms", of(&self.off, |w| w.latency.median)));
