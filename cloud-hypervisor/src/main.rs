@@ -31,6 +31,9 @@ const USAGE: u8 = 2;
 /// Allocations from this size on, in bytes, are mapped by themselves and go back to the kernel when they are freed.
 const MAPPED_ALONE: libc::c_int = 1 << 20;
 
+/// As much freed memory, in bytes, each thread's heap may keep for the next time: fresh memory costs faults.
+const KEPT: libc::c_int = 4 << 20;
+
 fn main() -> ExitCode {
     keep_no_large_memory();
     let (args, start) = match Args::from_command_line().and_then(|args| args.start().map(|start| (args, start))) {
@@ -49,11 +52,14 @@ fn main() -> ExitCode {
 ///
 /// glibc raises its threshold for mappings, up to 32 MiB, with each mapping that is freed; from then on such memory comes
 /// from heaps of the threads and stays in them, so that each end of a protection leaves more behind (mallopt(3),
-/// `M_MMAP_THRESHOLD`). A threshold that is set stays.
+/// `M_MMAP_THRESHOLD`). A threshold that is set stays; and then only 128 KiB of freed memory are kept, unless that is set too
+/// (`M_TRIM_THRESHOLD`).
 fn keep_no_large_memory() {
-    // SAFETY: mallopt(3) takes two integers and keeps no pointer; no other thread runs yet.
-    if unsafe { libc::mallopt(libc::M_MMAP_THRESHOLD, MAPPED_ALONE) } == 0 {
-        eprintln!("cloud-hypervisor: the allocator takes no threshold: freed memory may stay with the process");
+    for (what, bytes) in [(libc::M_MMAP_THRESHOLD, MAPPED_ALONE), (libc::M_TRIM_THRESHOLD, KEPT)] {
+        // SAFETY: mallopt(3) takes two integers and keeps no pointer; no other thread runs yet.
+        if unsafe { libc::mallopt(what, bytes) } == 0 {
+            eprintln!("cloud-hypervisor: the allocator takes no threshold: freed memory may stay with the process");
+        }
     }
 }
 

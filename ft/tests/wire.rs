@@ -218,7 +218,7 @@ fn frame() -> impl Strategy<Value = Frame> {
             Frame::Pages {
                 epoch,
                 runs,
-                data: vec![fill; pages as usize * PAGE_SIZE],
+                data: vec![fill; pages as usize * PAGE_SIZE].into(),
             }
         }),
         (any::<u64>(), runs(1 << 20)).prop_map(|(epoch, runs)| Frame::ZeroPages { epoch, runs }),
@@ -226,7 +226,11 @@ fn frame() -> impl Strategy<Value = Frame> {
             let page = |(page, mask)| PageLines { gpa: page * 4096, mask };
             let pages: Vec<PageLines> = pages.into_iter().map(page).collect();
             let data = vec![fill; pages.iter().map(|page| page.bytes()).sum()];
-            Frame::Lines { epoch, pages, data }
+            Frame::Lines {
+                epoch,
+                pages,
+                data: data.into(),
+            }
         }),
         (any::<u64>(), any::<u16>(), change()).prop_map(|(epoch, disk, change)| Frame::Disk { epoch, disk, change }),
         (any::<u64>(), any::<u16>(), vec(any::<u8>(), 0..2000)).prop_map(|(epoch, nic, data)| Frame::Input {

@@ -12,6 +12,7 @@ use crate::audit::{ChunkSum, PageSum, Place};
 use crate::machine::{DiskChange, Identity, Input, Output, PAGE_SIZE, PageRun};
 use crate::wire::frame::EndMarker;
 use crate::wire::lines::PageLines;
+use crate::wire::payload::Payload;
 
 /// Largest saved state.
 const MAX_STATE: u64 = 64 << 20;
@@ -88,11 +89,11 @@ pub enum StagingError {
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct StagedEpoch {
     /// Pages with content.
-    pub pages: Vec<(Vec<PageRun>, Vec<u8>)>,
+    pub pages: Vec<(Vec<PageRun>, Payload)>,
     /// Zero pages.
     pub zero: Vec<PageRun>,
     /// Changed lines of pages.
-    pub lines: Vec<(Vec<PageLines>, Vec<u8>)>,
+    pub lines: Vec<(Vec<PageLines>, Payload)>,
     /// Changes of disks, in order.
     pub disk: Vec<(u16, DiskChange)>,
     /// Inputs, in order.
@@ -272,7 +273,7 @@ impl Staging {
     }
 
     /// Pages with content.
-    pub fn pages(&mut self, epoch: u64, runs: Vec<PageRun>, data: Vec<u8>) -> Result<(), StagingError> {
+    pub fn pages(&mut self, epoch: u64, runs: Vec<PageRun>, data: Payload) -> Result<(), StagingError> {
         self.check_pages(&runs)?;
         let count = runs.iter().map(|run| run.count).sum();
         let staged = self.count_pages(epoch, count, |staged| &mut staged.page_count)?;
@@ -290,7 +291,7 @@ impl Staging {
     }
 
     /// Changed lines of pages.
-    pub fn lines(&mut self, epoch: u64, pages: Vec<PageLines>, data: Vec<u8>) -> Result<(), StagingError> {
+    pub fn lines(&mut self, epoch: u64, pages: Vec<PageLines>, data: Payload) -> Result<(), StagingError> {
         for PageLines { gpa, .. } in &pages {
             self.check_pages(&[PageRun { gpa: *gpa, count: 1 }])?;
         }

@@ -7,6 +7,7 @@ use super::frame::{
     DISK_CHECK, DISK_FLUSH, DISK_UNMAP, DISK_WRITE, DISK_ZERO, Frame, Kind, OUTPUT_CONSOLE, OUTPUT_FRAME,
 };
 use super::lines::PageLines;
+use super::payload::Payload;
 use super::{DecodeError, MAX_PAYLOAD, MAX_PIECE, header};
 use crate::audit::{ChunkSum, Mismatch, PageSum};
 use crate::config::FtLimits;
@@ -89,36 +90,33 @@ impl Prefix<'_> {
 }
 
 /// `payload` without its first `used` bytes.
-fn tail(mut payload: Vec<u8>, used: usize) -> Vec<u8> {
-    payload.drain(..used);
-    payload
+fn tail(payload: &Payload, used: usize) -> Vec<u8> {
+    payload[used..].to_vec()
 }
 
 /// The last `packed` bytes of `payload`, unpacked where they are compressed: `size` bytes, else it is an error.
 fn content(
     kind: &'static str,
     flags: u8,
-    payload: Vec<u8>,
+    mut payload: Payload,
     packed: usize,
     size: usize,
-) -> Result<Vec<u8>, DecodeError> {
-    let used = payload.len() - packed;
-    let data = if flags & header::FLAG_LZ4 == 0 {
-        tail(payload, used)
-    } else {
-        let mut data = vec![0; size];
-        match lz4_flex::block::decompress_into(&payload[used..], &mut data) {
-            Ok(n) if n == size => data,
-            _ => return Err(bad(kind, "cannot be decompressed")),
-        }
-    };
-    if data.len() != size {
+) -> Result<Payload, DecodeError> {
+    payload.skip(payload.len() - packed);
+    if flags & header::FLAG_LZ4 != 0 {
+        let mut data = payload.another(size);
+        return match lz4_flex::block::decompress_into(&payload, &mut data) {
+            Ok(n) if n == size => Ok(data),
+            _ => Err(bad(kind, "cannot be decompressed")),
+        };
+    }
+    if payload.len() != size {
         return Err(bad(kind, "has another length than it says"));
     }
-    Ok(data)
+    Ok(payload)
 }
 
-fn lines(flags: u8, payload: Vec<u8>) -> Result<Frame, DecodeError> {
+fn lines(flags: u8, payload: Payload) -> Result<Frame, DecodeError> {
     let kind = "lines";
     let mut prefix = Prefix { kind, rest: &payload };
     let (epoch, count) = (prefix.u64()?, prefix.u32()? as usize);
@@ -146,7 +144,7 @@ fn lines(flags: u8, payload: Vec<u8>) -> Result<Frame, DecodeError> {
     Ok(Frame::Lines { epoch, pages, data })
 }
 
-fn pages(flags: u8, payload: Vec<u8>) -> Result<Frame, DecodeError> {
+fn pages(flags: u8, payload: Payload) -> Result<Frame, DecodeError> {
     let kind = "pages";
     let mut prefix = Prefix { kind, rest: &payload };
     let (epoch, runs) = prefix.runs()?;
@@ -162,7 +160,7 @@ fn pages(flags: u8, payload: Vec<u8>) -> Result<Frame, DecodeError> {
     Ok(Frame::Pages { epoch, runs, data })
 }
 
-fn disk(payload: Vec<u8>) -> Result<Frame, DecodeError> {
+fn disk(payload: Payload) -> Result<Frame, DecodeError> {
     let kind = "disk";
     let mut prefix = Prefix { kind, rest: &payload };
     let (epoch, disk, [what]) = (prefix.u64()?, prefix.u16()?, prefix.take::<1>()?);
@@ -176,7 +174,7 @@ fn disk(payload: Vec<u8>) -> Result<Frame, DecodeError> {
             let used = payload.len() - left;
             DiskChange::Write {
                 offset,
-                data: tail(payload, used),
+                data: tail(&payload, used),
             }
         }
         DISK_ZERO | DISK_UNMAP if left == 0 => DiskChange::Zero {
@@ -195,7 +193,7 @@ fn disk(payload: Vec<u8>) -> Result<Frame, DecodeError> {
     Ok(Frame::Disk { epoch, disk, change })
 }
 
-fn input(payload: Vec<u8>) -> Result<Frame, DecodeError> {
+fn input(payload: Payload) -> Result<Frame, DecodeError> {
     let mut prefix = Prefix {
         kind: "input",
         rest: &payload,
@@ -205,7 +203,7 @@ fn input(payload: Vec<u8>) -> Result<Frame, DecodeError> {
         epoch,
         input: Input::Frame {
             nic,
-            data: tail(payload, 10),
+            data: tail(&payload, 10),
         },
     })
 }
@@ -294,7 +292,8 @@ fn mismatch(payload: &[u8]) -> Result<Frame, DecodeError> {
 }
 
 /// Decodes a payload.
-pub fn decode(kind: u8, flags: u8, payload: Vec<u8>) -> Result<Frame, DecodeError> {
+pub fn decode(kind: u8, flags: u8, payload: impl Into<Payload>) -> Result<Frame, DecodeError> {
+    let payload = payload.into();
     let known = Kind::from_byte(kind).ok_or(DecodeError::Kind(kind))?;
     if flags & !header::FLAG_LZ4 != 0 || (flags != 0 && !matches!(known, Kind::Pages | Kind::Lines)) {
         return Err(bad("any", "has unknown flags"));
@@ -347,7 +346,7 @@ pub fn decode(kind: u8, flags: u8, payload: Vec<u8>) -> Result<Frame, DecodeErro
             let epoch = prefix.u64()?;
             Ok(Frame::State {
                 epoch,
-                data: tail(payload, 8),
+                data: tail(&payload, 8),
             })
         }
         Kind::End => owned("end", &payload).map(Frame::End),

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::hello::{Accept, Hello};
 use super::lines::PageLines;
+use super::payload::Payload;
 use super::{MAX_PIECE, header};
 use crate::audit::{ChunkSum, Mismatch, PageSum};
 use crate::config::FtLimits;
@@ -151,7 +152,7 @@ pub enum Frame {
         /// Where they belong, in the order of `data`.
         runs: Vec<PageRun>,
         /// Their content.
-        data: Vec<u8>,
+        data: Payload,
     },
     /// RAM pages that are zero. Epoch 0: pre-copy.
     ZeroPages {
@@ -167,7 +168,7 @@ pub enum Frame {
         /// Which, in the order of `data`.
         pages: Vec<PageLines>,
         /// Their content.
-        data: Vec<u8>,
+        data: Payload,
     },
     /// A change of a disk. Epoch 0: pre-copy.
     Disk {
@@ -468,10 +469,10 @@ pub fn encode(frame: &Frame) -> Vec<OutFrame<'static>> {
             Kind::Pages,
             0,
             run_list(*epoch, runs),
-            Cow::Owned(data.clone()),
+            Cow::Owned(data.to_vec()),
         )),
         Frame::ZeroPages { epoch, runs } => one(zero_pages(*epoch, runs)),
-        Frame::Lines { epoch, pages, data } => one(OutFrame::lines(*epoch, pages, Cow::Owned(data.clone()), false)),
+        Frame::Lines { epoch, pages, data } => one(OutFrame::lines(*epoch, pages, Cow::Owned(data.to_vec()), false)),
         Frame::Disk { epoch, disk, change } => disk_change(*epoch, *disk, change.clone()),
         Frame::Input {
             epoch,

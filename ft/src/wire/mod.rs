@@ -18,6 +18,7 @@ pub mod header;
 pub mod hello;
 pub mod lines;
 pub mod pages;
+pub mod payload;
 pub mod reader;
 pub mod sent;
 

@@ -2,6 +2,7 @@
 //! where that pays.
 
 use std::borrow::Cow;
+use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use super::frame::{OutFrame, zero_pages};
@@ -11,6 +12,9 @@ use crate::machine::{PAGE_SIZE, PageRun};
 
 /// Pages with content in one frame.
 const BATCH: u64 = 64;
+
+/// A frame that has so many pages goes without those behind a gap, which would have to be moved.
+const ENOUGH: u64 = 16;
 
 /// Pages with changed lines in one frame.
 const LINE_PAGES: usize = 256;
@@ -92,10 +96,25 @@ pub struct PageEncoder {
     pub gain: Gain,
     /// What the epochs have sent.
     pub sent: SentPages,
-    full: Vec<PageRun>,
+    full: Vec<Batch>,
     zero: Vec<PageRun>,
     lines: Vec<PageLines>,
     line_bytes: Vec<u8>,
+}
+
+/// Full pages of one frame, which lie together.
+#[derive(Debug)]
+struct Batch {
+    /// Where the first is, in bytes of all content.
+    at: usize,
+    runs: Vec<PageRun>,
+    pages: u64,
+}
+
+impl Batch {
+    fn bytes(&self) -> Range<usize> {
+        self.at..self.at + self.pages as usize * PAGE_SIZE
+    }
 }
 
 fn push_page(runs: &mut Vec<PageRun>, gpa: u64) {
@@ -105,15 +124,34 @@ fn push_page(runs: &mut Vec<PageRun>, gpa: u64) {
     }
 }
 
+/// Puts the page at `gpa`, whose content is in `range` of `data`, into the last frame or a new one.
+fn add_full(frames: &mut Vec<Batch>, gpa: u64, range: Range<usize>, data: &mut [u8]) {
+    let fits = |batch: &Batch| batch.pages < BATCH && (batch.pages < ENOUGH || batch.bytes().end == range.start);
+    if !frames.last().is_some_and(fits) {
+        frames.push(Batch {
+            at: range.start,
+            runs: Vec::new(),
+            pages: 0,
+        });
+    }
+    let Some(batch) = frames.last_mut() else { return };
+    let to = batch.bytes().end;
+    if to != range.start {
+        data.copy_within(range, to);
+    }
+    push_page(&mut batch.runs, gpa);
+    batch.pages += 1;
+}
+
 impl PageEncoder {
     /// Sorts the pages of `runs`, whose content is `data`, into full ones, zero ones and those of which some lines will
-    /// do; the full ones are moved together, the lines are copied. With `delta` what is known to be sent is left out.
+    /// do; the full ones of a frame are moved together, the lines are copied. With `delta` what is known to be sent is left out.
     fn sort(&mut self, runs: &[PageRun], data: &mut [u8], delta: bool) {
         self.full.clear();
         self.zero.clear();
         self.lines.clear();
         self.line_bytes.clear();
-        let (mut read, mut write) = (0, 0);
+        let mut read = 0;
         let addresses = runs
             .iter()
             .flat_map(|run| (0..run.count).map(|page| run.gpa + page * PAGE_SIZE as u64));
@@ -130,11 +168,7 @@ impl PageEncoder {
             }
             match if delta { self.sent.update(gpa, page) } else { How::Whole } {
                 How::Whole => {
-                    push_page(&mut self.full, gpa);
-                    if write != range.start {
-                        data.copy_within(range, write);
-                    }
-                    write += PAGE_SIZE;
+                    add_full(&mut self.full, gpa, range, data);
                 }
                 How::Lines(0) => {}
                 How::Lines(mask) => {
@@ -181,15 +215,11 @@ impl PageEncoder {
             sent.line_pages += part.len() as u64;
             send(frame)?;
         }
-        let mut at = 0;
-        for batch in batches(&self.full) {
-            let count: u64 = batch.iter().map(|run| run.count).sum();
-            let raw = &data[at..at + count as usize * PAGE_SIZE];
-            at += raw.len();
-            let (body, lz4) = pack(&mut self.gain, Cow::Borrowed(raw));
-            let frame = OutFrame::pages(epoch, &batch, body, lz4);
+        for batch in &self.full {
+            let (body, lz4) = pack(&mut self.gain, Cow::Borrowed(&data[batch.bytes()]));
+            let frame = OutFrame::pages(epoch, &batch.runs, body, lz4);
             sent.bytes += frame.size() as u64;
-            sent.pages += count;
+            sent.pages += batch.pages;
             send(frame)?;
         }
         Ok(sent)
@@ -207,33 +237,6 @@ fn pack<'a>(gain: &mut Gain, raw: Cow<'a, [u8]>) -> (Cow<'a, [u8]>, bool) {
         }
     }
     (raw, false)
-}
-
-/// Cuts runs into groups of at most [`BATCH`] pages.
-fn batches(runs: &[PageRun]) -> Vec<Vec<PageRun>> {
-    let mut all = Vec::new();
-    let mut batch = Vec::new();
-    let mut room = BATCH;
-    for run in runs {
-        let mut rest = *run;
-        while rest.count > 0 {
-            let count = rest.count.min(room);
-            batch.push(PageRun { gpa: rest.gpa, count });
-            rest = PageRun {
-                gpa: rest.gpa + count * PAGE_SIZE as u64,
-                count: rest.count - count,
-            };
-            room -= count;
-            if room == 0 {
-                all.push(std::mem::take(&mut batch));
-                room = BATCH;
-            }
-        }
-    }
-    if !batch.is_empty() {
-        all.push(batch);
-    }
-    all
 }
 
 #[cfg(test)]

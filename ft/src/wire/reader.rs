@@ -6,6 +6,7 @@ use thiserror::Error;
 
 use super::decode::decode;
 use super::frame::Frame;
+use super::payload::{Payload, Pool};
 use super::{DecodeError, header};
 
 /// Why no frame came.
@@ -47,6 +48,7 @@ pub struct FrameReader<R> {
     start: usize,
     end: usize,
     next_seq: u64,
+    pool: Pool,
 }
 
 impl<R: Read> FrameReader<R> {
@@ -58,6 +60,7 @@ impl<R: Read> FrameReader<R> {
             start: 0,
             end: 0,
             next_seq: 0,
+            pool: Pool::default(),
         }
     }
 
@@ -131,8 +134,8 @@ impl<R: Read> FrameReader<R> {
         ))
     }
 
-    fn payload(&mut self, len: usize, heard: &mut dyn FnMut()) -> Result<Vec<u8>, ReadError> {
-        let mut payload = vec![0; len];
+    fn payload(&mut self, len: usize, heard: &mut dyn FnMut()) -> Result<Payload, ReadError> {
+        let mut payload = self.pool.take(len);
         let mut filled = len.min(self.end - self.start);
         payload[..filled].copy_from_slice(&self.buffer[self.start..self.start + filled]);
         self.start += filled;

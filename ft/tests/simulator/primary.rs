@@ -153,7 +153,7 @@ impl World {
             self.send_to_backup(Frame::Pages {
                 epoch: 0,
                 runs,
-                data: page(value),
+                data: page(value).into(),
             });
         }
         for i in 0..BLOCKS {
@@ -333,7 +333,7 @@ impl World {
                     self.send_to_backup(Frame::Pages {
                         epoch,
                         runs,
-                        data: page(value),
+                        data: page(value).into(),
                     });
                 }
             }

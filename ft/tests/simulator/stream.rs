@@ -168,8 +168,9 @@ impl Stream {
 
 /// What a reader makes of a frame whose content it does not check.
 fn damaged(mut frame: Frame, bit: u64) -> Frame {
-    let data = match &mut frame {
-        Frame::Pages { data, .. } | Frame::State { data, .. } => data,
+    let data: &mut [u8] = match &mut frame {
+        Frame::Pages { data, .. } => data,
+        Frame::State { data, .. } => data,
         Frame::Disk {
             change: DiskChange::Write { data, .. },
             ..

@@ -37,7 +37,7 @@ fn frames() -> Vec<Frame> {
         Frame::Pages {
             epoch: 1,
             runs: vec![run(PAGE_SIZE as u64, 1)],
-            data: vec![7; PAGE_SIZE],
+            data: vec![7; PAGE_SIZE].into(),
         },
         Frame::Lines {
             epoch: 1,
@@ -45,7 +45,7 @@ fn frames() -> Vec<Frame> {
                 gpa: RAM,
                 mask: 1 << 63 | 6,
             }],
-            data: vec![6; 3 * LINE],
+            data: vec![6; 3 * LINE].into(),
         },
         change(DiskChange::Write {
             offset: 512,
