@@ -172,12 +172,13 @@ pub trait Protected: Send + Sync {
     /// Ends it.
     fn stop_tracking(&self);
     /// Appends the runs of pages written since the last call (vCPUs' and the VMM's own writes), ascending, and clears
-    /// the log. May be called while the VM runs or is paused.
-    fn harvest_dirty(&self, out: &mut Vec<PageRun>) -> Result<(), MachineError>;
-    /// With `keep`, pages that are written all the time may be reported by every harvest, written or not. The pages `cold`
-    /// are not written any more: they are to be reported when they are. Only while paused, before the harvest.
-    fn hot_pages(&self, _keep: bool, _cold: &[u64]) -> Result<(), MachineError> {
-        Ok(())
+    /// the log. Without `hot`, hot pages are left to the next call with it. May be called while the VM runs or is paused.
+    fn harvest_dirty(&self, hot: bool, out: &mut Vec<PageRun>) -> Result<(), MachineError>;
+    /// With `keep`, pages that are written all the time may be hot: reported by every harvest with `hot`, written or not. The
+    /// pages `cold` are not written any more: they are to be reported when they are. Only while paused, before the harvest.
+    /// How many are hot.
+    fn hot_pages(&self, _keep: bool, _cold: &[u64]) -> Result<u64, MachineError> {
+        Ok(0)
     }
     /// Copies guest RAM; `buf.len()` bytes from `gpa` on.
     fn read_memory(&self, gpa: u64, buf: &mut [u8]) -> Result<(), MachineError>;

@@ -88,7 +88,7 @@ impl Machine {
         self.run_to_port();
         words.clear();
         let begin = Instant::now();
-        self.vm.harvest_dirty(words).unwrap();
+        self.vm.harvest_dirty(true, words).unwrap();
         let took = begin.elapsed();
         let found: u32 = words.iter().map(|word| word.bits.count_ones()).sum();
         assert!(found >= least, "{found} of {least} pages are in the log");

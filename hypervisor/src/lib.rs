@@ -144,13 +144,13 @@ pub trait Vm: Send + Sync {
     fn stop_dirty_log(&self) -> Result<()>;
     /// Appends the pages dirtied by vCPUs since the last call, ascending by slot and index, and clears the log (bitmap or
     /// ring, whichever the VM was made with). With the dirty ring all vCPUs' rings are harvested and reset; it then takes
-    /// no longer for more RAM.
-    fn harvest_dirty(&self, out: &mut Vec<DirtyWord>) -> Result<()>;
-    /// From here on up to `most` pages that are written all the time are left writable and reported by every harvest,
-    /// written or not, which saves their faults. The pages at the guest physical addresses `cold` are logged in the usual
+    /// no longer for more RAM. Without `hot`, pages that [`Vm::keep_hot`] leaves writable are left to the next call with it.
+    fn harvest_dirty(&self, hot: bool, out: &mut Vec<DirtyWord>) -> Result<()>;
+    /// From here on up to `most` pages that are written all the time are left writable and reported by every harvest with
+    /// `hot`, written or not, which saves their faults. The pages at the guest physical addresses `cold` are logged in the usual
     /// way again, where that goes; with a `most` of 0 all are. Only while no vCPU runs and nothing else writes RAM. Does nothing where the
-    /// backend has no such thing.
-    fn keep_hot(&self, most: usize, cold: &[u64]) -> Result<()>;
+    /// backend has no such thing. How many pages are hot now.
+    fn keep_hot(&self, most: usize, cold: &[u64]) -> Result<usize>;
     /// Makes vCPU `id`, which is also its x2APIC id.
     fn create_vcpu(&self, id: u8) -> Result<Box<dyn Vcpu>>;
     /// Connects an eventfd to a GSI (KVM API 4.75).

@@ -1,5 +1,5 @@
 # The Debian guest: the stock cloud kernel, a small initrd, and a root disk (one ext4 file system, no partitions) with
-# systemd, sshd, redis (every write flushed), iperf3 and fio. root logs in by the key that is made with each build.
+# systemd, sshd, redis (every write flushed), iperf3, fio and a small C compiler. root logs in by the key that is made with each build.
 
 build_guest() {
   local out=$1 work
@@ -7,7 +7,7 @@ build_guest() {
   mkdir "$work/kernel" "$work/initrd"
   kernel_hook linux-image-cloud-amd64 "$work/kernel" >"$work/hook"
   bootstrap "$work/root" \
-    systemd,systemd-sysv,udev,dbus,openssh-server,iproute2,iputils-ping,procps,kmod,pciutils,e2fsprogs,iperf3,fio,redis-server \
+    systemd,systemd-sysv,udev,dbus,openssh-server,iproute2,iputils-ping,procps,kmod,pciutils,e2fsprogs,iperf3,fio,tcc,redis-server \
     --customize-hook="sh $work/hook"
 
   cp "$work/kernel/boot/vmlinuz-"* "$out/vmlinuz"

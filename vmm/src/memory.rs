@@ -199,10 +199,10 @@ impl GuestRam {
         Ok(())
     }
 
-    /// Appends the pages written since the last call, ascending, and clears both logs.
-    pub fn harvest_dirty(&self, vm: &dyn Vm, out: &mut Vec<PageRange>) -> Result<(), Error> {
+    /// Appends the pages written since the last call, ascending, and clears both logs. `hot` as for [`Vm::harvest_dirty`].
+    pub fn harvest_dirty(&self, vm: &dyn Vm, hot: bool, out: &mut Vec<PageRange>) -> Result<(), Error> {
         let mut log = Vec::new();
-        vm.harvest_dirty(&mut log)?;
+        vm.harvest_dirty(hot, &mut log)?;
         for (slot, region) in self.slots.iter().zip(self.memory.iter()) {
             let slot_number = slot.slot;
             own_writes(region).take(|index, bits| {

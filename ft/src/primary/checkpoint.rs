@@ -40,7 +40,7 @@ impl Controller {
                 break;
             }
             let harvested = Instant::now();
-            let written = self.copy_written()? as f64;
+            let written = self.copy_written(false)? as f64;
             let rate = written / harvested.saturating_duration_since(began).as_secs_f64().max(1e-6);
             expected = rate * harvested.elapsed().as_secs_f64();
             began = harvested;
@@ -52,11 +52,11 @@ impl Controller {
         Ok(())
     }
 
-    /// Copies the pages written since the last call; their number.
-    fn copy_written(&mut self) -> Result<u64, MachineError> {
+    /// Copies the pages written since the last call; their number. Hot pages are copied in the pause alone.
+    fn copy_written(&mut self, hot: bool) -> Result<u64, MachineError> {
         let machine = &self.session.machine;
         self.runs.clear();
-        machine.harvest_dirty(&mut self.runs)?;
+        machine.harvest_dirty(hot, &mut self.runs)?;
         self.stage.copy(&self.runs, |gpa, to| machine.read_memory(gpa, to))?;
         Ok(pages(&self.runs))
     }
@@ -70,11 +70,11 @@ impl Controller {
         let epoch_time = begin.saturating_duration_since(self.epoch_began);
         let sent = &mut self.encoder.sent;
         // Whether a page was written is found out by comparing it.
-        machine.hot_pages(sent.is_on(), &sent.take_cold())?;
-        self.copy_written()?;
+        let hot = machine.hot_pages(sent.is_on(), &sent.take_cold())?;
+        self.copy_written(true)?;
         let count = self.stage.pages();
         let bytes = count as usize * PAGE_SIZE;
-        self.dirty_rate = count as f64 / epoch_time.as_secs_f64().max(1e-4);
+        self.dirty_rate = count.saturating_sub(hot) as f64 / epoch_time.as_secs_f64().max(1e-4);
         let state = machine.save_state()?;
         let inputs = session.log.inputs.swap(0, Ordering::Relaxed);
         let disk = session.log.disk.swap(0, Ordering::Relaxed);

@@ -26,7 +26,7 @@ pub(super) struct Controller {
     pub(super) auditor: Auditor,
     /// What was written last, while it is being copied.
     pub(super) runs: Vec<PageRun>,
-    /// Pages written per second in the last epoch.
+    /// Pages written per second in the last epoch, but for hot ones.
     pub(super) dirty_rate: f64,
     /// Bytes of the last state.
     pub(super) state_len: u64,

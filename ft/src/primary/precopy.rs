@@ -207,7 +207,7 @@ fn unlike_sample(
 
 fn harvest(c: &mut Controller) -> Result<Pending, BeginError> {
     let mut ram = Vec::new();
-    c.session.machine.harvest_dirty(&mut ram)?;
+    c.session.machine.harvest_dirty(true, &mut ram)?;
     Ok(Pending {
         ram,
         disks: harvest_disks(c)?,

@@ -389,7 +389,7 @@ impl Protected for FakeVm {
         assert!(std::mem::replace(&mut *lock(&self.tracking), false));
     }
 
-    fn harvest_dirty(&self, out: &mut Vec<PageRun>) -> Result<(), MachineError> {
+    fn harvest_dirty(&self, _hot: bool, out: &mut Vec<PageRun>) -> Result<(), MachineError> {
         let pages = std::mem::take(&mut *lock(&self.dirty));
         out.extend(pages.into_iter().map(|page| PageRun {
             gpa: page * PAGE as u64,

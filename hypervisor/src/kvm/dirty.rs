@@ -254,7 +254,7 @@ impl Rings {
         most: usize,
         cold: &[Page],
         mut protect: impl FnMut(Page) -> Result<bool>,
-    ) -> Result<()> {
+    ) -> Result<usize> {
         let mut state = self.state();
         let State { slots, hot, .. } = &mut *state;
         hot.set_most(most);
@@ -266,18 +266,19 @@ impl Rings {
                 slots.entry(page.0).or_default().set(page.1);
             }
         }
-        Ok(())
+        Ok(hot.count())
     }
 
-    /// Collects, then takes everything, ascending.
-    pub(super) fn take(&self, out: &mut Vec<DirtyWord>) -> Result<()> {
+    /// Collects, then takes everything, ascending; hot pages only `with_hot`.
+    pub(super) fn take(&self, with_hot: bool, out: &mut Vec<DirtyWord>) -> Result<()> {
         let mut state = self.state();
         self.collect_locked(&mut state)?;
         if state.incomplete {
             return Err(Error::DirtyLog);
         }
         let State { slots, hot, .. } = &mut *state;
-        for &(slot, page) in hot.harvest() {
+        let pages = hot.harvest();
+        for &(slot, page) in pages.iter().filter(|_| with_hot) {
             slots.entry(slot).or_default().set(page);
         }
         for (slot, log) in slots {

@@ -1,7 +1,7 @@
 //! Hot pages: pages that are written in nearly every stretch between two harvests.
 //!
 //! Logging a page costs a fault at its first write after each harvest. A hot page is left writable instead and counts as
-//! written in every harvest. That is done by naming a slot that does not exist in its entry of the ring before the entry
+//! written whenever all that was written is asked for. That is done by naming a slot that does not exist in its entry of the ring before the entry
 //! is given back: KVM protects nothing then (kvm_reset_dirty_gfn). A KVM that protects it all the same does no harm: the
 //! page is logged again, and is reported either way.
 //!
@@ -62,6 +62,11 @@ impl Hot {
     pub(super) fn harvest(&mut self) -> &BTreeSet<Page> {
         self.turn += 1;
         &self.pages
+    }
+
+    /// How many are hot.
+    pub(super) fn count(&self) -> usize {
+        self.pages.len()
     }
 
     /// Whether it is hot.

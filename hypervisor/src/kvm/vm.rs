@@ -156,7 +156,7 @@ impl Vm for KvmVm {
         // What was collected in an earlier round of logging does not count.
         match &self.rings {
             Some(rings) => rings.restart(),
-            None => self.harvest_dirty(&mut Vec::new()),
+            None => self.harvest_dirty(true, &mut Vec::new()),
         }
     }
 
@@ -164,13 +164,13 @@ impl Vm for KvmVm {
         self.log(false)
     }
 
-    fn harvest_dirty(&self, out: &mut Vec<DirtyWord>) -> Result<()> {
+    fn harvest_dirty(&self, hot: bool, out: &mut Vec<DirtyWord>) -> Result<()> {
         let slots = self.slots();
         if !slots.logging {
             return Ok(());
         }
         if let Some(rings) = &self.rings {
-            return rings.take(out);
+            return rings.take(hot, out);
         }
         for slot in slots.slots.values().filter(|s| !s.readonly) {
             let words = self.vm.get_dirty_log(slot.slot, slot.size as usize);
@@ -185,9 +185,9 @@ impl Vm for KvmVm {
         Ok(())
     }
 
-    fn keep_hot(&self, most: usize, cold: &[u64]) -> Result<()> {
+    fn keep_hot(&self, most: usize, cold: &[u64]) -> Result<usize> {
         let Some(rings) = &self.rings else {
-            return Ok(());
+            return Ok(0);
         };
         let slots = self.slots();
         let page = |gpa: &u64| {

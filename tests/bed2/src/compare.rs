@@ -3,11 +3,12 @@
 
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::Result;
 use clap::Args;
 use serde_json::json;
 
 use crate::bed::{Bed, Spec};
+use crate::figures::{self, Spread};
 use crate::host::Host;
 
 /// Hang guard of one guest's life.
@@ -107,9 +108,9 @@ pub fn run(options: &Options) -> Result<()> {
     }
     let mut rows = Vec::new();
     for (i, (name, what, less)) in FIGURES.into_iter().enumerate() {
-        let (a, b) = (figure(&ours, i), figure(&qemu, i));
+        let (a, b) = (Spread::nth(&ours, i), Spread::nth(&qemu, i));
         // Above 1: our VMM is better.
-        let ratio = if less { b[1] / a[1] } else { a[1] / b[1] };
+        let ratio = if less { b.median / a.median } else { a.median / b.median };
         rows.push((name, what, a, b, ratio));
     }
     if options.json {
@@ -125,8 +126,7 @@ pub fn run(options: &Options) -> Result<()> {
         let head = "median (least - most)";
         println!("{head:32} {:>26} {:>26} {:>16}", "ours", "QEMU", "ours is better x");
         for (_, what, a, b, ratio) in rows {
-            let cell = |f: [f64; 3]| format!("{:.1} ({:.1} - {:.1})", f[1], f[0], f[2]);
-            println!("{what:32} {:>26} {:>26} {ratio:16.2}", cell(a), cell(b));
+            println!("{what:32} {:>26} {:>26} {ratio:16.2}", a.cell(1), b.cell(1));
         }
     }
     Ok(())
@@ -153,29 +153,5 @@ fn guest_life(options: &Options, start: &str) -> Result<Vec<f64>> {
 fn measure(host: &mut Host, options: &Options, start: &str) -> Result<Vec<f64>> {
     let head = format!("CPUS={} TIME={}", options.cpus, options.seconds);
     let text = host.run(&format!("{head}\n{COMMON}{start}{MEASURE}"), LIFE)?;
-    let figure = |name: &str| {
-        let value = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
-        let value: f64 = value
-            .unwrap_or_default()
-            .parse()
-            .with_context(|| format!("no {name} in:\n{text}"))?;
-        if value <= 0.0 {
-            bail!("{name} is {value}");
-        }
-        Ok(value)
-    };
-    FIGURES.iter().map(|(name, ..)| figure(name)).collect()
-}
-
-/// Least, median and most of figure `i`.
-fn figure(runs: &[Vec<f64>], i: usize) -> [f64; 3] {
-    let mut values: Vec<f64> = runs.iter().map(|run| run[i]).collect();
-    values.sort_by(f64::total_cmp);
-    let middle = values.len() / 2;
-    let median = if values.len() % 2 == 1 {
-        values[middle]
-    } else {
-        (values[middle - 1] + values[middle]) / 2.0
-    };
-    [values[0], median, values[values.len() - 1]]
+    figures::read(&text, FIGURES.iter().map(|(name, ..)| *name))
 }

@@ -105,6 +105,13 @@ impl Protected {
         self.bed.host("a").run(&command, STEP).map(drop)
     }
 
+    /// Ends protection; the backup waits for a primary again.
+    pub fn disable(&mut self) -> Result<()> {
+        self.run("a", "remote p ft disable")?;
+        self.wait_state("p", "disabled")?;
+        self.wait_state("b", "listening")
+    }
+
     /// The clients will run on this host.
     pub fn client_on(&mut self, host: &'static str) {
         self.client = host;

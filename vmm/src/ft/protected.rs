@@ -212,11 +212,11 @@ impl Protected for ProtectedVm {
         }
     }
 
-    fn harvest_dirty(&self, out: &mut Vec<PageRun>) -> Result<(), MachineError> {
+    fn harvest_dirty(&self, hot: bool, out: &mut Vec<PageRun>) -> Result<(), MachineError> {
         let mut ranges = Vec::new();
         self.vm
             .ram()
-            .harvest_dirty(self.vm.kvm().as_ref(), &mut ranges)
+            .harvest_dirty(self.vm.kvm().as_ref(), hot, &mut ranges)
             .map_err(machine_error)?;
         out.extend(ranges.iter().map(|r| PageRun {
             gpa: r.gpa,
@@ -225,9 +225,10 @@ impl Protected for ProtectedVm {
         Ok(())
     }
 
-    fn hot_pages(&self, keep: bool, cold: &[u64]) -> Result<(), MachineError> {
+    fn hot_pages(&self, keep: bool, cold: &[u64]) -> Result<u64, MachineError> {
         let most = if keep { HOT_PAGES } else { 0 };
-        self.vm.kvm().keep_hot(most, cold).map_err(machine_error)
+        let hot = self.vm.kvm().keep_hot(most, cold).map_err(machine_error)?;
+        Ok(hot as u64)
     }
 
     fn read_memory(&self, gpa: u64, buf: &mut [u8]) -> Result<(), MachineError> {

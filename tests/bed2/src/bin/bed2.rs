@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use bed1::table::Table;
 use bed2::bed::{Bed, Content, Disk, Spec};
-use bed2::{compare, faults, places};
+use bed2::{bench, compare, faults, places};
 use clap::{Args, Parser, Subcommand};
 
 /// The nested test bed: real Linux with KVM under qemu (TCG).
@@ -31,6 +31,8 @@ enum Command {
     Faults(Table),
     /// Boot time, disk and network of the Debian guest on our VMM beside QEMU's
     Compare(compare::Options),
+    /// The Debian guest with FT off and on in turns: computing, compiling, redis, ping, disk, network
+    Bench(bench::Options),
 }
 
 #[derive(Args)]
@@ -65,6 +67,7 @@ fn main() -> ExitCode {
         Command::Run(options) => run(options),
         Command::Faults(table) => table.run(&faults::all(), &()).map(|failed| i32::from(failed > 0)),
         Command::Compare(options) => compare::run(&options).map(|()| 0),
+        Command::Bench(options) => bench::run(&options).map(|()| 0),
     };
     match result {
         Ok(status) => ExitCode::from(status.clamp(0, 255) as u8),
