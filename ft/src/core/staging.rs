@@ -17,8 +17,9 @@ use crate::wire::payload::Payload;
 /// Largest saved state.
 const MAX_STATE: u64 = 64 << 20;
 
-/// Number of epochs that may be begun before the oldest of them is whole.
-pub(super) const MAX_AHEAD: u64 = 16;
+/// Number of epochs that may be begun before the oldest of them is whole: up to 4 in flight ([`super::MAX_IN_FLIGHT`] is less),
+/// one that repairs, and the running one.
+pub(super) const MAX_AHEAD: u64 = 6;
 
 /// A frame that cannot belong to this VM or this moment. The primary that sent it is dropped (R6).
 #[derive(Debug, Clone, PartialEq, Eq, Error)]

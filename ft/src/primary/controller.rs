@@ -117,12 +117,10 @@ impl Controller {
         // So that little is left to be flushed in the pause.
         self.session.flush_disks()?;
         self.fit_cache();
-        let began = Instant::now();
-        precopy::set_aside(self, pending)?;
-        self.copy_passes(began, f64::MAX)?;
+        let left = precopy::set_aside(self, pending)?;
         let begin = Instant::now();
         self.pause()?;
-        precopy::last_pass(self)?;
+        precopy::last_pass(self, left)?;
         let session = &self.session;
         session.machine.attach(session.interposer.clone(), &session.id)?;
         self.attached = true;

@@ -4,7 +4,8 @@
 //! blocks are sent as such, for the backup's file may hold anything). Of a disk whose old copy the backup has for certain
 //! it sends only what differs ([`crate::copies`]). Each further pass sends what changed meanwhile.
 //! When passes stop shrinking, the guest is slowed down. The little that is left of RAM goes with the first checkpoint, so the
-//! guest stands still in the end no longer than at any other; of disks it is what was written while the rest was sent.
+//! guest stands still in the end no longer than at any other, unless it is so much that it must be sent in that pause. Of disks
+//! only what was written while the rest was sent is left for the pause.
 
 use std::io;
 use std::sync::atomic::Ordering;
@@ -126,19 +127,27 @@ pub(super) fn run(c: &mut Controller) -> Result<Pending, BeginError> {
     Ok(pending)
 }
 
-/// What is left: the disks' part is sent, RAM's is copied for the first checkpoint. The VM still runs.
-pub(super) fn set_aside(c: &mut Controller, pending: Pending) -> Result<(), BeginError> {
+/// What is left, while the VM still runs: the disks' part is sent, RAM's and what is written meanwhile is copied for the
+/// first checkpoint. More RAM than an epoch may have is left for the pause, and returned.
+pub(super) fn set_aside(c: &mut Controller, mut pending: Pending) -> Result<Vec<PageRun>, BeginError> {
+    let ram = std::mem::take(&mut pending.ram);
+    let began = Instant::now();
+    send(c, &pending, false, None)?;
+    let most = u64::from(lock(&c.session.limits).max_epoch_mib) << 20;
+    if pages(&ram) * PAGE_SIZE as u64 > most {
+        return Ok(ram);
+    }
     let machine = c.session.machine.clone();
-    let Pending { ram, disks } = pending;
-    send(c, &Pending { ram: Vec::new(), disks }, false, None)?;
     c.stage.clear();
-    Ok(c.stage.copy(&ram, |gpa, to| machine.read_memory(gpa, to))?)
+    c.stage.copy(&ram, |gpa, to| machine.read_memory(gpa, to))?;
+    c.copy_passes(began, f64::MAX)?;
+    Ok(Vec::new())
 }
 
-/// Disk blocks written since then, with the VM paused. RAM written since then goes with the first checkpoint.
-pub(super) fn last_pass(c: &mut Controller) -> Result<(), BeginError> {
+/// What is still left, with the VM paused, but for RAM that was written since: it goes with the first checkpoint.
+pub(super) fn last_pass(c: &mut Controller, ram: Vec<PageRun>) -> Result<(), BeginError> {
     let disks = harvest_disks(c)?;
-    send(c, &Pending { ram: Vec::new(), disks }, false, None)?;
+    send(c, &Pending { ram, disks }, false, None)?;
     let session = c.session.clone();
     session.machine.throttle(100);
     let progress = &mut lock(&session.metrics).progress;

@@ -276,7 +276,9 @@ fn temporary(programs: &Path, name: &str) -> Result<PathBuf> {
             remove_disks(&entry.path());
         }
     }
-    let dir = parent.join(format!("{name}.{}", std::process::id()));
+    static COUNT: AtomicU32 = AtomicU32::new(1);
+    let number = COUNT.fetch_add(1, Ordering::Relaxed);
+    let dir = parent.join(format!("{name}-{number}.{}", std::process::id()));
     let _ = fs::remove_dir_all(&dir);
     fs::create_dir(&dir)?;
     Ok(dir)

@@ -156,7 +156,7 @@ fn link_cut(_: &()) -> Outcome {
         guest.run(host, "ip link set eth0 down")?;
     }
     let decided = "decided() { case $(ft_state NAME) in solo | stopped) ;; *) false ;; esac; }
-         wait_for 120 'a decision at NAME' decided; ft_state NAME";
+         wait_for 600 'a decision at NAME' decided; ft_state NAME";
     let one = guest.run(a, &decided.replace("NAME", "p"))?;
     let other = guest.run(b, &decided.replace("NAME", "b"))?;
     let happened = match (one.trim(), other.trim()) {

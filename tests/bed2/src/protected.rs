@@ -134,7 +134,7 @@ impl Protected {
         let host = if vmm == "p" { "a" } else { self.survivor };
         self.run(
             host,
-            &format!("wait_for 120 'state {state} of {vmm}' ft_is {vmm} {state}"),
+            &format!("wait_for 600 'state {state} of {vmm}' ft_is {vmm} {state}"),
         )
         .map(drop)
     }
