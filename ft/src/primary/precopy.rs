@@ -52,7 +52,7 @@ const BLOCK: usize = 64 << 10;
 /// As much as this may be left for the first checkpoint.
 const SMALL: u64 = 4 << 20;
 
-/// Or as much as goes in this time.
+/// Or as much as goes in this time, and is at most half of what an epoch may have.
 const SMALL_TIME: Duration = Duration::from_millis(30);
 
 const MAX_PASSES: u32 = 30;
@@ -112,7 +112,8 @@ pub(super) fn run(c: &mut Controller) -> Result<Pending, BeginError> {
         pending = harvest(c)?;
         let left = pending.bytes();
         let rate = pace.sent as f64 / pace.began.elapsed().as_secs_f64().max(1e-3);
-        if left <= SMALL.max((rate * SMALL_TIME.as_secs_f64()) as u64) {
+        let soon = (rate * SMALL_TIME.as_secs_f64()) as u64;
+        if left <= SMALL.max(soon.min(most_of_epoch(c) / 2)) {
             break;
         }
         if left > before / 5 * 4 {
@@ -127,14 +128,18 @@ pub(super) fn run(c: &mut Controller) -> Result<Pending, BeginError> {
     Ok(pending)
 }
 
+/// Bytes of an epoch at which it ends.
+fn most_of_epoch(c: &Controller) -> u64 {
+    u64::from(lock(&c.session.limits).max_epoch_mib) << 20
+}
+
 /// What is left, while the VM still runs: the disks' part is sent, RAM's and what is written meanwhile is copied for the
 /// first checkpoint. More RAM than an epoch may have is left for the pause, and returned.
 pub(super) fn set_aside(c: &mut Controller, mut pending: Pending) -> Result<Vec<PageRun>, BeginError> {
     let ram = std::mem::take(&mut pending.ram);
     let began = Instant::now();
     send(c, &pending, false, None)?;
-    let most = u64::from(lock(&c.session.limits).max_epoch_mib) << 20;
-    if pages(&ram) * PAGE_SIZE as u64 > most {
+    if pages(&ram) * PAGE_SIZE as u64 > most_of_epoch(c) {
         return Ok(ram);
     }
     let machine = c.session.machine.clone();
