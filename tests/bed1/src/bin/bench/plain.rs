@@ -58,16 +58,22 @@ pub fn run(all: &[Workload], args: &Args, plain: &Path) -> Result<Vec<Pair>> {
 }
 
 impl Pair {
-    fn figures(&self) -> [(&'static str, Summary); 6] {
+    fn figures(&self) -> Vec<(&'static str, Summary)> {
         let of = |f: &dyn Fn(&[(f64, f64); 2]) -> f64| Summary::of(&self.rounds.iter().map(f).collect::<Vec<_>>());
-        [
+        let mut figures = vec![
             ("rate, with the feature ft", of(&|[ours, _]| ours.0)),
             ("rate, without", of(&|[_, plain]| plain.0)),
             ("with / without", of(&|[ours, plain]| ours.0 / plain.0)),
-            ("latency p50 (ms), with", of(&|[ours, _]| ours.1)),
-            ("latency p50 (ms), without", of(&|[_, plain]| plain.1)),
-            ("with - without", of(&|[ours, plain]| ours.1 - plain.1)),
-        ]
+        ];
+        // Streams and memory have none.
+        if self.rounds.iter().flatten().any(|one| one.1 > 0.0) {
+            figures.extend([
+                ("latency p50 (ms), with", of(&|[ours, _]| ours.1)),
+                ("latency p50 (ms), without", of(&|[_, plain]| plain.1)),
+                ("with - without", of(&|[ours, plain]| ours.1 - plain.1)),
+            ]);
+        }
+        figures
     }
 
     fn table(&self) -> Table {
