@@ -157,7 +157,7 @@ fn a_primary_that_does_not_wait_for_acknowledgements_is_dropped() {
             durable: false,
         };
         if backup.step(event, ms(2)).contains(&backup::Action::Disconnect) {
-            assert_eq!(epoch, 18);
+            assert_eq!(epoch, 8);
             return assert!(backup.status().reason.unwrap().contains("acknowledged"));
         }
     }
