@@ -9,7 +9,7 @@ use crate::figures::{self, Spread};
 use crate::protected::Protected;
 
 /// The figures: name in the script's output, what it is.
-const FIGURES: [(&str, &str); 9] = [
+const FIGURES: [(&str, &str); 8] = [
     ("hashed", "computing: sha256 of 1 MiB, /s"),
     ("compiled", "compiling a C file of 200 functions (tcc), /s"),
     ("set_1", "redis SET with flush, 1 connection, /s"),
@@ -18,7 +18,6 @@ const FIGURES: [(&str, &str); 9] = [
     ("read_iops", "disk, 4 KiB random reads/s"),
     ("write_iops", "disk, 4 KiB random writes/s"),
     ("to_guest_mbit", "network to the guest, Mbit/s"),
-    ("from_guest_mbit", "network from the guest, Mbit/s"),
 ];
 
 /// Options of `scripts/bed2 bench`.
@@ -58,7 +57,6 @@ const MEASURE: &str = r#"
       ssh guest "fio --name=x --filename=/root/fio --size=64M --direct=1 --ioengine=libaio --iodepth=16 --runtime=$TIME \
         --time_based --output-format=json --rw=$1 --bs=4k" | jq -r ".jobs[0].$2.iops"
     }
-    net_test() { iperf3 -J -t $TIME -c 192.168.100.2 $1 | jq -r '.end.sum_received.bits_per_second / 1e6'; }
     # As many as take about the time.
     redis_test() {
       local n=$1 rate
@@ -76,8 +74,7 @@ const MEASURE: &str = r#"
     echo ping_ms $(ping -q -i 0.2 -c $((TIME * 5)) 192.168.100.2 | awk -F '[/=]' '/^rtt/ { print $6 }')
     echo read_iops $(disk_test randread read)
     echo write_iops $(disk_test randwrite write)
-    echo to_guest_mbit $(net_test)
-    echo from_guest_mbit $(net_test -R)
+    echo to_guest_mbit $(iperf3 -J -t $TIME -c 192.168.100.2 | jq -r '.end.sum_received.bits_per_second / 1e6')
 "#;
 
 /// Measures and prints.
