@@ -236,15 +236,20 @@ impl Rings {
         Ok(())
     }
 
-    /// Forgets what was logged. Every page was just protected anew.
+    /// Every page is about to be protected anew. None may be hot from here on: a vCPU whose ring is full collects by itself,
+    /// and what it left writable after that would never be logged.
+    pub(super) fn prepare(&self) {
+        let mut state = self.state();
+        state.hot.clear();
+        state.incomplete = false;
+    }
+
+    /// Every page was protected anew since [`Rings::prepare`]: forgets what was logged.
     pub(super) fn restart(&self) -> Result<()> {
         let mut state = self.state();
-        // Before the rest is collected: a page that became hot now would stay writable, and be forgotten.
-        state.hot.clear();
         self.collect_locked(&mut state)?;
         state.slots.values_mut().for_each(|log| log.take(|_, _| ()));
-        state.incomplete = false;
-        Ok(())
+        if state.incomplete { Err(Error::DirtyLog) } else { Ok(()) }
     }
 
     /// See [`crate::Vm::keep_hot`]. `protect` takes a page's mapping away from KVM for a moment; false: it cannot, and the

@@ -1,9 +1,9 @@
 //! Hot pages: pages that are written in nearly every stretch between two harvests.
 //!
 //! Logging a page costs a fault at its first write after each harvest. A hot page is left writable instead and counts as
-//! written whenever all that was written is asked for. That is done by naming a slot that does not exist in its entry of the ring before the entry
-//! is given back: KVM protects nothing then (kvm_reset_dirty_gfn). A KVM that protects it all the same does no harm: the
-//! page is logged again, and is reported either way.
+//! written whenever all that was written is asked for. That is done by naming a slot that does not exist in its entry of
+//! the ring before the entry is given back: KVM protects nothing then (kvm_reset_dirty_gfn). A KVM that protects it all the
+//! same does no harm: the page is logged again, and is reported either way.
 //!
 //! A page becomes cold again by taking its mapping away from KVM for a moment: the next write faults, and is logged.
 
@@ -84,7 +84,7 @@ impl Hot {
         self.pages.iter().copied().collect()
     }
 
-    /// Every page was protected: none is hot, and none becomes so until [`Hot::set_most`].
+    /// Every page is being protected: none is hot, and none becomes so until [`Hot::set_most`].
     pub(super) fn clear(&mut self) {
         self.pages.clear();
         self.most = 0;

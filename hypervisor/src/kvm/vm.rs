@@ -152,12 +152,19 @@ impl Vm for KvmVm {
     }
 
     fn start_dirty_log(&self) -> Result<()> {
+        if let Some(rings) = &self.rings {
+            rings.prepare();
+        }
         self.log(true)?;
         // What was collected in an earlier round of logging does not count.
-        match &self.rings {
+        let started = match &self.rings {
             Some(rings) => rings.restart(),
             None => self.harvest_dirty(true, &mut Vec::new()),
+        };
+        if started.is_err() {
+            self.log(false)?;
         }
+        started
     }
 
     fn stop_dirty_log(&self) -> Result<()> {
