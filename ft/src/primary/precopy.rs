@@ -143,7 +143,6 @@ pub(super) fn set_aside(c: &mut Controller, mut pending: Pending) -> Result<Vec<
         return Ok(ram);
     }
     let machine = c.session.machine.clone();
-    c.stage.clear();
     c.stage.copy(&ram, |gpa, to| machine.read_memory(gpa, to))?;
     c.copy_passes(began, f64::MAX)?;
     Ok(Vec::new())

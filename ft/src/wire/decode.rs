@@ -89,11 +89,6 @@ impl Prefix<'_> {
     }
 }
 
-/// `payload` without its first `used` bytes.
-fn tail(payload: &Payload, used: usize) -> Vec<u8> {
-    payload[used..].to_vec()
-}
-
 /// The last `packed` bytes of `payload`, unpacked where they are compressed: `size` bytes, else it is an error.
 fn content(
     kind: &'static str,
@@ -171,11 +166,8 @@ fn disk(payload: Payload) -> Result<Frame, DecodeError> {
     }
     let change = match what {
         DISK_WRITE if left as u64 == len && left <= MAX_PIECE => {
-            let used = payload.len() - left;
-            DiskChange::Write {
-                offset,
-                data: tail(&payload, used),
-            }
+            let data = prefix.rest.to_vec();
+            DiskChange::Write { offset, data }
         }
         DISK_ZERO | DISK_UNMAP if left == 0 => DiskChange::Zero {
             offset,
@@ -203,7 +195,7 @@ fn input(payload: Payload) -> Result<Frame, DecodeError> {
         epoch,
         input: Input::Frame {
             nic,
-            data: tail(&payload, 10),
+            data: prefix.rest.to_vec(),
         },
     })
 }
@@ -346,7 +338,7 @@ pub fn decode(kind: u8, flags: u8, payload: impl Into<Payload>) -> Result<Frame,
             let epoch = prefix.u64()?;
             Ok(Frame::State {
                 epoch,
-                data: tail(&payload, 8),
+                data: prefix.rest.to_vec(),
             })
         }
         Kind::End => owned("end", &payload).map(Frame::End),
