@@ -23,7 +23,7 @@
 //! | [`services`] | every service of the guest, checked once |
 //! | [`proxy`] | a TCP proxy that delays, slows down, stalls, damages and cuts, for fault tests |
 //! | [`proxied`] | a protected VM whose log channel goes through it |
-//! | [`qemu`] | the same guest under QEMU |
+//! | [`qemu`], [`colo`] | the same guest under QEMU, and under QEMU's own fault tolerance |
 //! | [`report`] | tables |
 //! | [`table`] | cases that are run one after the other: what must happen, what happened, figures |
 //!
@@ -31,6 +31,7 @@
 
 pub mod chain;
 pub mod cleanup;
+pub mod colo;
 pub mod failover;
 pub mod http;
 pub mod images;

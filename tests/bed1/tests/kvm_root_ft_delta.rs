@@ -22,19 +22,34 @@ fn options() -> Options {
 }
 
 /// Disk bytes that were copied and that were left out.
-#[derive(Debug)]
 struct Copied {
     sent: u64,
     skipped: u64,
+    /// Why disks were copied whole.
+    reasons: Vec<String>,
+}
+
+impl std::fmt::Display for Copied {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(
+            f,
+            "{} bytes sent, {} left out; {:?}",
+            self.sent, self.skipped, self.reasons
+        )
+    }
 }
 
 impl Copied {
     fn of(primary: &Host, took: Duration) -> Result<Self> {
         let progress = primary.vmm.ft_info()?["progress"].clone();
         let bytes = |name: &str| progress[name].as_u64().unwrap_or(u64::MAX);
+        let events = std::fs::read_to_string(primary.vmm.events())?;
+        let newest = events.rsplit("\"syncing\"").next().unwrap_or_default();
+        let reasons = newest.lines().filter(|line| line.contains("\"reason\""));
         let copied = Self {
             sent: bytes("disk_bytes_sent"),
             skipped: bytes("disk_bytes_skipped"),
+            reasons: reasons.map(|line| line.trim().to_string()).collect(),
         };
         eprintln!(
             "    {} KiB of disk copied, {} KiB left out, protected after {:.0} ms",
@@ -47,17 +62,14 @@ impl Copied {
 
     fn all(&self) -> Result<()> {
         let all = (64 + DATA_MIB) << 20;
-        ensure!(self.skipped == 0 && self.sent >= all, "not all was copied: {self:?}");
+        ensure!(self.skipped == 0 && self.sent >= all, "not all was copied: {self}");
         Ok(())
     }
 
     /// A load of some seconds dirties little.
     fn little(&self) -> Result<()> {
-        ensure!(self.sent < 16 << 20, "too much was copied: {self:?}");
-        ensure!(
-            self.skipped >= (DATA_MIB + 48) << 20,
-            "too little was left out: {self:?}"
-        );
+        ensure!(self.sent < 16 << 20, "too much was copied: {self}");
+        ensure!(self.skipped >= (DATA_MIB + 48) << 20, "too little was left out: {self}");
         Ok(())
     }
 }
@@ -103,6 +115,14 @@ impl Pair {
     }
 
     fn kill_backup(&mut self) -> Result<()> {
+        // Until it has applied the first checkpoint it has no record of its copy.
+        let end = Instant::now() + TAKEOVER_LIMIT;
+        for image in images(self) {
+            while std::fs::read(sidecar(&image))?.first().is_none_or(|byte| *byte == 0) {
+                ensure!(Instant::now() < end, "there is no record of {}", image.display());
+                std::thread::sleep(Duration::from_millis(5));
+            }
+        }
         failover::kill(&mut self.backup, &mut self.primary, &self.loads)?;
         self.loads.wait_progress(20)
     }

@@ -1,6 +1,7 @@
 //! What fault tolerance costs: the same guest under the same load with FT off and on, in turns, in one go.
 
 mod bound;
+mod colo;
 mod measure;
 mod page;
 mod plain;
@@ -34,6 +35,9 @@ struct Args {
     /// Instead: some loads, with FT off, on this build and on another of `cloud-hypervisor` that has no FT.
     #[arg(long, value_name = "PROGRAM", conflicts_with = "scaling")]
     plain: Option<PathBuf>,
+    /// Instead: some loads, without a disk, beside QEMU with and without COLO; a QEMU that has COLO (scripts/deps colo).
+    #[arg(long, value_name = "QEMU", conflicts_with_all = ["scaling", "plain"])]
+    colo: Option<PathBuf>,
     /// Writes all figures as JSON into this file.
     #[arg(long)]
     json: Option<PathBuf>,
@@ -68,6 +72,10 @@ fn run(args: &Args) -> Result<()> {
     if let Some(program) = &args.plain {
         let pairs = plain::run(&all, args, program)?;
         return write(args, &plain::json(&pairs), &plain::html(&pairs));
+    }
+    if let Some(program) = &args.colo {
+        let comparisons = colo::run(&all, args, program)?;
+        return write(args, &colo::json(&comparisons), &colo::html(&comparisons));
     }
     let mut outcomes = Vec::new();
     for load in all.iter().filter(|load| args.only.has(load.name)) {

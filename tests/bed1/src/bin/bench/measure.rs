@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use bed1::chain::{Chain, Results, Victim};
+use bed1::colo::{self, Colo};
 use bed1::loads::{self, Loads};
 use bed1::pair::{Bed, Host, Options, Side};
 use bed1::proxied::{LIMIT, Proxied};
@@ -71,6 +72,24 @@ struct Window {
     dirtied: f64,
 }
 
+/// What clients saw of a load in one stretch of time.
+#[derive(Debug, Clone, Copy)]
+pub struct Seen {
+    /// Of the metric, per second.
+    pub rate: f64,
+    /// Latency in ms, median and 99th percentile; 0: the load has none.
+    pub latency: (f64, f64),
+}
+
+impl Window {
+    fn seen(&self) -> Seen {
+        Seen {
+            rate: self.rate,
+            latency: (self.latency.median, self.latency.p99),
+        }
+    }
+}
+
 /// Off and on, round by round.
 pub struct Outcome {
     /// Name of the load.
@@ -91,9 +110,9 @@ pub struct Outcome {
 }
 
 /// Processor time of a process so far: that of its threads, in the scheduler's nanoseconds (proc_pid_schedstat(5)).
-fn cpu(host: &Host) -> Result<Duration> {
+fn cpu(pid: u32) -> Result<Duration> {
     let mut nanoseconds = 0;
-    for task in std::fs::read_dir(format!("/proc/{}/task", host.vmm.pid()))?.flatten() {
+    for task in std::fs::read_dir(format!("/proc/{pid}/task"))?.flatten() {
         // A thread may end while they are listed.
         let Ok(stat) = std::fs::read_to_string(task.path().join("schedstat")) else {
             continue;
@@ -113,30 +132,55 @@ struct Sample {
     sent: u64,
 }
 
-fn sample(primary: &Host, backup: Option<&Host>, loads: &mut Loads) -> Result<Sample> {
+/// Who runs the guest.
+struct Running<'a> {
+    /// The process, and that of the backup.
+    pids: (u32, Option<u32>),
+    /// The VMM that has FT, if it is to be asked about it.
+    ft: Option<&'a Host>,
+}
+
+impl<'a> Running<'a> {
+    fn pair(primary: &'a Host, backup: &Host) -> Self {
+        Self {
+            pids: (primary.vmm.pid(), Some(backup.vmm.pid())),
+            ft: Some(primary),
+        }
+    }
+
+    /// A process that has no FT.
+    fn process(pid: u32) -> Self {
+        Self {
+            pids: (pid, None),
+            ft: None,
+        }
+    }
+}
+
+fn sample(running: &Running<'_>, loads: &mut Loads) -> Result<Sample> {
     let verdicts = loads.verdicts();
-    let (sent, of_backup) = match backup {
-        Some(backup) => (primary.vmm.ft_info()?["bytes_sent"].as_u64(), cpu(backup)?),
-        None => Default::default(),
+    let sent = match running.ft {
+        Some(host) => host.vmm.ft_info()?["bytes_sent"].as_u64(),
+        None => None,
     };
     Ok(Sample {
         status: loads.control.status()?,
         at: Instant::now(),
         answers: verdicts.iter().map(|v| v.answers).sum(),
         bytes: verdicts.iter().map(|v| v.bytes).sum(),
-        cpu: (cpu(primary)?, of_backup),
+        cpu: (cpu(running.pids.0)?, running.pids.1.map_or(Ok(Duration::ZERO), cpu)?),
         sent: sent.unwrap_or_default(),
     })
 }
 
-/// One stretch of `seconds`. Without a backup FT is off, and `primary` need not have it.
-fn window(load: &Workload, primary: &Host, backup: Option<&Host>, loads: &mut Loads, seconds: f64) -> Result<Window> {
+/// One stretch of `seconds`.
+fn window(load: &Workload, running: &Running<'_>, loads: &mut Loads, seconds: f64) -> Result<Window> {
     std::thread::sleep(SETTLE);
-    let before = sample(primary, backup, loads)?;
+    let before = sample(running, loads)?;
     loads.new_phase();
     std::thread::sleep(Duration::from_secs_f64(seconds));
     let verdicts = loads.verdicts();
-    let after = sample(primary, backup, loads)?;
+    let after = sample(running, loads)?;
     loads.check()?;
     let time = (after.at - before.at).as_secs_f64();
     let rate = |before: u64, after: u64| after.saturating_sub(before) as f64 / time;
@@ -175,16 +219,36 @@ fn bed(setup: &Setup, program: Option<PathBuf>) -> Result<Bed> {
     Ok(bed)
 }
 
-/// A load on a guest that boots for it in the VMM `program`, which is not asked for FT: its rate, and the median of its
-/// latency in ms.
-pub fn without_ft(load: &Workload, setup: &Setup, program: &Path) -> Result<(f64, f64)> {
+/// A load on a guest that boots for it in the VMM `program`, which is not asked for FT.
+pub fn without_ft(load: &Workload, setup: &Setup, program: &Path) -> Result<Seen> {
     let mut bed = bed(setup, Some(program.into()))?;
     let host = bed.boot(Side::A)?;
-    let mut loads = Loads::start(&bed, &loads::model(&bed), &load.loads)?;
-    let window = window(load, &host, None, &mut loads, setup.seconds)?;
+    on_its_own(load, setup, &bed, &Running::process(host.vmm.pid()))
+}
+
+/// The same in QEMU.
+pub fn under_qemu(load: &Workload, setup: &Setup, program: &Path) -> Result<Seen> {
+    let bed = bed(setup, None)?;
+    let qemu = colo::alone(&bed, program)?;
+    on_its_own(load, setup, &bed, &Running::process(qemu.pid()))
+}
+
+/// The same in QEMU with COLO, and checkpoints per second.
+pub fn under_colo(load: &Workload, setup: &Setup, program: &Path) -> Result<(Seen, f64)> {
+    let bed = bed(setup, None)?;
+    let mut colo = Colo::boot(&bed, program)?;
+    let (before, began) = (colo.checkpoints()?, Instant::now());
+    let seen = on_its_own(load, setup, &bed, &Running::process(colo.pid()))?;
+    let checkpoints = colo.checkpoints()? - before;
+    Ok((seen, checkpoints as f64 / began.elapsed().as_secs_f64()))
+}
+
+fn on_its_own(load: &Workload, setup: &Setup, bed: &Bed, running: &Running<'_>) -> Result<Seen> {
+    let mut loads = Loads::start(bed, &loads::model(bed), &load.loads)?;
+    let window = window(load, running, &mut loads, setup.seconds)?;
     loads.check_guest()?;
     loads.stop()?;
-    Ok((window.rate, window.latency.median))
+    Ok(window.seen())
 }
 
 /// Measures a load.
@@ -201,12 +265,12 @@ pub fn run(load: &Workload, setup: &Setup) -> Result<Outcome> {
     let mut loads = Loads::start(&bed, &loads::model(&bed), &load.loads)?;
     let (mut off, mut on, mut memory, mut protect) = (Vec::new(), Vec::new(), (0.0, 0.0), Vec::new());
     for round in 0..rounds {
-        off.push(window(load, &primary, Some(&backup), &mut loads, seconds)?);
+        off.push(window(load, &Running::pair(&primary, &backup), &mut loads, seconds)?);
         if round == 0 {
             memory.0 = primary.vmm.memory_mib()?;
         }
         protect.push(bed.protect(&mut primary, &mut backup)?.as_secs_f64() * 1e3);
-        let mut protected = window(load, &primary, Some(&backup), &mut loads, seconds)?;
+        let mut protected = window(load, &Running::pair(&primary, &backup), &mut loads, seconds)?;
         let info = primary.vmm.ft_info()?;
         ensure!(info["state"] == "protected", "protection ended: {}", info["reason"]);
         protected.info = Some(info);
@@ -267,6 +331,11 @@ impl Outcome {
             .map(|(off, on)| on.rate / off.rate)
             .collect();
         Summary::of(&ratios)
+    }
+
+    /// What clients saw in the first round, off and on.
+    pub fn first(&self) -> Option<[Seen; 2]> {
+        Some([self.off.first()?.seen(), self.on.first()?.seen()])
     }
 
     fn added(&self, f: impl Fn(&Summary) -> f64) -> Summary {

@@ -8,7 +8,7 @@ use bed1::report::Table;
 use load::stats::Summary;
 use serde_json::{Map, Value, json};
 
-use crate::measure::{self, spread};
+use crate::measure::{self, Seen, spread};
 use crate::suite::Workload;
 use crate::{Args, page};
 
@@ -18,8 +18,8 @@ const LOADS: [&str; 5] = ["echo-1", "bulk-out", "bulk-in", "kv", "dirty-100-256"
 /// What was seen of a load, in both builds.
 pub struct Pair {
     name: &'static str,
-    /// Rate and latency of this build and the plain one, round by round.
-    rounds: Vec<[(f64, f64); 2]>,
+    /// Of this build and the plain one, round by round.
+    rounds: Vec<[Seen; 2]>,
 }
 
 /// Measures the loads with this build and with `plain`; each is printed when it is there.
@@ -59,18 +59,18 @@ pub fn run(all: &[Workload], args: &Args, plain: &Path) -> Result<Vec<Pair>> {
 
 impl Pair {
     fn figures(&self) -> Vec<(&'static str, Summary)> {
-        let of = |f: &dyn Fn(&[(f64, f64); 2]) -> f64| Summary::of(&self.rounds.iter().map(f).collect::<Vec<_>>());
+        let of = |f: &dyn Fn(&[Seen; 2]) -> f64| Summary::of(&self.rounds.iter().map(f).collect::<Vec<_>>());
         let mut figures = vec![
-            ("rate, with the feature ft", of(&|[ours, _]| ours.0)),
-            ("rate, without", of(&|[_, plain]| plain.0)),
-            ("with / without", of(&|[ours, plain]| ours.0 / plain.0)),
+            ("rate, with the feature ft", of(&|[ours, _]| ours.rate)),
+            ("rate, without", of(&|[_, plain]| plain.rate)),
+            ("with / without", of(&|[ours, plain]| ours.rate / plain.rate)),
         ];
         // Streams and memory have none.
-        if self.rounds.iter().flatten().any(|one| one.1 > 0.0) {
+        if self.rounds.iter().flatten().any(|one| one.latency.0 > 0.0) {
             figures.extend([
-                ("latency p50 (ms), with", of(&|[ours, _]| ours.1)),
-                ("latency p50 (ms), without", of(&|[_, plain]| plain.1)),
-                ("with - without", of(&|[ours, plain]| ours.1 - plain.1)),
+                ("latency p50 (ms), with", of(&|[ours, _]| ours.latency.0)),
+                ("latency p50 (ms), without", of(&|[_, plain]| plain.latency.0)),
+                ("with - without", of(&|[ours, plain]| ours.latency.0 - plain.latency.0)),
             ]);
         }
         figures
