@@ -153,6 +153,9 @@ pub struct FtLimits {
     pub min_epoch_us: u32,
     /// Dirty RAM or logged bytes of the running epoch, in MiB, at which it ends (1 to 65,536).
     pub max_epoch_mib: u32,
+    /// Share of the time that checkpoints may take, in percent, 1 to 100: epochs become as long as that needs, up to 10 s,
+    /// longer than `max_epoch_ms` too; 100 = no bound.
+    pub overhead_percent: u32,
     /// Bound on bytes held for epochs that are not committed, in MiB; beyond half of it the guest is slowed down, at the bound it waits.
     pub max_lag_mib: u32,
     /// Heartbeat interval in milliseconds, 5 to 10,000.
@@ -176,6 +179,7 @@ impl Default for FtLimits {
             max_epoch_ms: 100,
             min_epoch_us: 200,
             max_epoch_mib: 64,
+            overhead_percent: 100,
             max_lag_mib: 512,
             heartbeat_ms: 50,
             heartbeat_timeout_ms: 500,
@@ -421,6 +425,9 @@ pub struct FtLimitsPatch {
     /// See [`FtLimits::max_epoch_mib`].
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_epoch_mib: Option<u32>,
+    /// See [`FtLimits::overhead_percent`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub overhead_percent: Option<u32>,
     /// See [`FtLimits::max_lag_mib`].
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_lag_mib: Option<u32>,
@@ -451,6 +458,7 @@ impl FtLimitsPatch {
             max_epoch_ms: self.max_epoch_ms.unwrap_or(limits.max_epoch_ms),
             min_epoch_us: self.min_epoch_us.unwrap_or(limits.min_epoch_us),
             max_epoch_mib: self.max_epoch_mib.unwrap_or(limits.max_epoch_mib),
+            overhead_percent: self.overhead_percent.unwrap_or(limits.overhead_percent),
             max_lag_mib: self.max_lag_mib.unwrap_or(limits.max_lag_mib),
             heartbeat_ms: self.heartbeat_ms.unwrap_or(limits.heartbeat_ms),
             heartbeat_timeout_ms: self.heartbeat_timeout_ms.unwrap_or(limits.heartbeat_timeout_ms),
@@ -489,6 +497,7 @@ impl FtLimits {
         range("max_epoch_ms", self.max_epoch_ms, 1, 10_000)?;
         range("min_epoch_us", self.min_epoch_us, 0, 1_000_000)?;
         range("max_epoch_mib", self.max_epoch_mib, 1, 65_536)?;
+        range("overhead_percent", self.overhead_percent, 1, 100)?;
         range("max_lag_mib", self.max_lag_mib, 1, 65_536)?;
         range("heartbeat_ms", self.heartbeat_ms, 5, 10_000)?;
         range(

@@ -1,7 +1,8 @@
 //! When an epoch ends, and how much the guest is slowed down.
 //!
 //! An epoch ends when output waits and the shortest time has passed, when its dirty RAM (as the last epochs' rate lets
-//! expect) or its log is large, or when the longest time has passed; in each case only when the pipeline has room.
+//! expect) or its log is large, or when the longest time has passed; in each case only when the pipeline has room. Where
+//! checkpoints may take only a share of the time, epochs are as long as that needs, unless they get too large.
 
 use super::{Nanos, ms};
 use crate::config::FtLimits;
@@ -13,6 +14,8 @@ pub struct Limits {
     pub max_epoch: Nanos,
     /// Shortest epoch.
     pub min_epoch: Nanos,
+    /// Share of the time that checkpoints may take, in percent.
+    pub overhead_percent: u32,
     /// Bytes of an epoch at which it ends.
     pub max_epoch_bytes: u64,
     /// Bytes of uncommitted epochs at which the guest waits.
@@ -28,6 +31,7 @@ impl From<&FtLimits> for Limits {
         Self {
             max_epoch: ms(limits.max_epoch_ms.into()),
             min_epoch: Nanos::from(limits.min_epoch_us) * 1000,
+            overhead_percent: limits.overhead_percent.clamp(1, 100),
             max_epoch_bytes: u64::from(limits.max_epoch_mib) << 20,
             max_lag: u64::from(limits.max_lag_mib) << 20,
             heartbeat: ms(limits.heartbeat_ms.into()),
@@ -39,12 +43,19 @@ impl From<&FtLimits> for Limits {
 /// Slowest that the guest is made before it has to wait.
 const MIN_PERCENT: u8 = 10;
 
+/// No epoch is made longer than this for the sake of the time that checkpoints take.
+const LONGEST: Nanos = 10_000_000_000;
+
 /// The running epoch.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Pacing {
     began: Nanos,
     /// Bytes of RAM dirtied per second, of the last epochs.
     dirty_rate: u64,
+    /// When the epoch's checkpoint was begun; 0: not, or it does not matter.
+    ended: Nanos,
+    /// Time that the last checkpoints took.
+    checkpoint: Nanos,
 }
 
 impl Pacing {
@@ -53,7 +64,14 @@ impl Pacing {
         Self {
             began: now,
             dirty_rate: 0,
+            ended: 0,
+            checkpoint: 0,
         }
+    }
+
+    /// The epoch's checkpoint is begun.
+    pub fn end(&mut self, limits: &Limits, now: Nanos) {
+        self.ended = if limits.overhead_percent < 100 { now } else { 0 };
     }
 
     /// The epoch ended with so much dirty RAM, and the next begins.
@@ -61,6 +79,9 @@ impl Pacing {
         let took = now.saturating_sub(self.began).max(100_000);
         let rate = u128::from(dirty_bytes) * 1_000_000_000 / u128::from(took);
         self.dirty_rate = self.dirty_rate / 2 + u64::try_from(rate / 2).unwrap_or(u64::MAX / 2);
+        if self.ended > 0 {
+            self.checkpoint = self.checkpoint / 2 + now.saturating_sub(self.ended).min(LONGEST) / 2;
+        }
         self.began = now;
     }
 
@@ -83,6 +104,9 @@ impl Pacing {
         } else {
             limits.max_epoch
         };
+        // As long as checkpoints of the time that the last ones took need to be rare enough.
+        let percent = Nanos::from(limits.overhead_percent);
+        let longest = longest.max((self.checkpoint * (100 - percent) / percent).min(LONGEST));
         let room = u128::from(limits.max_epoch_bytes - running_bytes);
         // Never shorter than the shortest epoch for the sake of a guess.
         let filled = room * 1_000_000_000 / u128::from(self.dirty_rate.max(1));
@@ -126,6 +150,41 @@ mod tests {
         let ends = pacing.ends_at(&limits(), false, 0) - 1000 - ms(20);
         assert!((ms(39)..=ms(41)).contains(&ends), "{ends}");
         assert!(pacing.ends_at(&limits(), false, (64 << 20) - 1) >= 1000 + ms(20) + 200_000);
+    }
+
+    #[test]
+    fn epochs_are_as_long_as_dear_checkpoints_need() {
+        let quarter = Limits {
+            overhead_percent: 25,
+            ..limits()
+        };
+        let mut pacing = Pacing::new(1000);
+        let mut now = 1000;
+        for _ in 0..20 {
+            pacing.end(&quarter, now);
+            now += ms(60);
+            pacing.next(0, now);
+        }
+        let length = |limits: &Limits, output| pacing.ends_at(limits, output, 0) - now;
+        // 60 ms are a quarter of 240 ms.
+        assert!(
+            (ms(179)..=ms(180)).contains(&length(&quarter, true)),
+            "{}",
+            length(&quarter, true)
+        );
+        assert_eq!(length(&quarter, true), length(&quarter, false));
+        // Nothing of it without the bound; too much data ends the epoch all the same.
+        assert_eq!((length(&limits(), true), length(&limits(), false)), (200_000, ms(100)));
+        assert_eq!(pacing.ends_at(&quarter, true, 64 << 20), now);
+        let rare = Limits {
+            overhead_percent: 1,
+            ..limits()
+        };
+        assert!(
+            (ms(5_900)..=ms(5_940)).contains(&length(&rare, false)),
+            "{}",
+            length(&rare, false)
+        );
     }
 
     #[test]

@@ -25,7 +25,7 @@ pub mod sent;
 use thiserror::Error;
 
 /// Version of the protocol; both sides must have the same.
-pub const VERSION: u16 = 5;
+pub const VERSION: u16 = 6;
 
 /// Largest payload in bytes.
 pub const MAX_PAYLOAD: usize = 4 << 20;

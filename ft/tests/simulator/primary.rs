@@ -70,6 +70,7 @@ pub fn limits(kind: u64) -> FtLimits {
     FtLimits {
         max_epoch_ms: [15, 40, 100][kind as usize % 3],
         min_epoch_us: [0, 500, 3000][kind as usize % 3],
+        overhead_percent: [100, 100, 10][kind as usize % 3],
         ..FtLimits::default()
     }
 }

@@ -7,7 +7,8 @@
 //! Since Linux 6.16, KVM_RESET_DIRTY_RINGS stops early when a signal is pending, and forgets up to 64 pages that it has
 //! taken out of the ring by then: they stay writable and are never logged again. A kicked vCPU whose ring is full is such
 //! a case. So signals are blocked meanwhile, and every collected page must be in the count that KVM returns; if one is
-//! not, the log is incomplete, and says so until logging is started anew.
+//! not, the log is incomplete, and says so until logging is started anew. What this does not see is a stop signal, which
+//! cannot be blocked, between KVM's taking the very last entry and its next look at the ring.
 
 use std::collections::BTreeMap;
 use std::io;

@@ -101,8 +101,9 @@ pub enum FtCommand {
     /// Change limits while the VM is protected; without settings, show them
     Config {
         /// Limits as KEY=VALUE: max_epoch_ms (1-10000, default 100): longest epoch; min_epoch_us (0-1000000, 200):
-        /// shortest epoch; max_epoch_mib (1-65536, 64): data that ends an epoch; max_lag_mib (512): data not yet
-        /// committed, beyond half of which the guest is slowed down; heartbeat_ms (5-10000, 50);
+        /// shortest epoch; max_epoch_mib (1-65536, 64): data that ends an epoch; overhead_percent (1-100, 100 = no
+        /// bound): share of the time that checkpoints may take, epochs become as long as that needs; max_lag_mib
+        /// (512): data not yet committed, beyond half of which the guest is slowed down; heartbeat_ms (5-10000, 50);
         /// heartbeat_timeout_ms (500, at least 3 heartbeats): silence after which the peer counts as dead;
         /// precopy_mib_s (0 = no limit): rate of the first copy; audit_mib_s (0-65536, 16): RAM of the backup that is
         /// compared with the primary's while both run (0 = none); audit_disk_mib_s (0-65536, 4): the same for disks;

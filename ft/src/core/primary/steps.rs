@@ -14,6 +14,7 @@ impl PrimaryState {
         }
         if self.deadline().is_some_and(|at| now >= at) {
             self.checkpointing = true;
+            self.pacing.end(&self.limits, now);
             out.push(Action::Checkpoint);
         }
     }

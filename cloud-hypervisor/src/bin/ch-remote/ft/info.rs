@@ -152,6 +152,7 @@ pub fn limits(limits: &FtLimits) {
     row("max_epoch_ms", &format!("{} ms", limits.max_epoch_ms));
     row("min_epoch_us", &format!("{} us", limits.min_epoch_us));
     row("max_epoch_mib", &format!("{} MiB", limits.max_epoch_mib));
+    row("overhead_percent", &format!("{} %", limits.overhead_percent));
     row("max_lag_mib", &format!("{} MiB", limits.max_lag_mib));
     row("heartbeat_ms", &format!("{} ms", limits.heartbeat_ms));
     row("heartbeat_timeout_ms", &format!("{} ms", limits.heartbeat_timeout_ms));

@@ -90,20 +90,16 @@ impl Comparison {
             ("COLO, checkpoints per s", colo(&|_, _, checkpoints| checkpoints)),
         ];
         // Streams and memory have none.
-        if self.rounds.iter().any(|round| round.qemu.latency.0 > 0.0) {
-            let added = |on: (f64, f64), off: (f64, f64)| (on.0 - off.0, on.1 - off.1);
-            let ours = |round: &Round| added(round.ours[1].latency, round.ours[0].latency);
+        if self.rounds.iter().any(|round| round.qemu.latency[0] > 0.0) {
+            let ours = |at: usize| all(&|round| round.ours[1].latency[at] - round.ours[0].latency[at]);
+            let theirs = |at: usize| colo(&|round, seen, _| seen.latency[at] - round.qemu.latency[at]);
             figures.extend([
-                ("FT, added latency p50 (ms)", all(&|round| ours(round).0)),
-                ("FT, added latency p99", all(&|round| ours(round).1)),
-                (
-                    "COLO, added latency p50 (ms)",
-                    colo(&|round, seen, _| added(seen.latency, round.qemu.latency).0),
-                ),
-                (
-                    "COLO, added latency p99",
-                    colo(&|round, seen, _| added(seen.latency, round.qemu.latency).1),
-                ),
+                ("FT, added latency p50 (ms)", ours(0)),
+                ("FT, added latency p99", ours(1)),
+                ("COLO, added latency p50 (ms)", theirs(0)),
+                ("COLO, added latency p99", theirs(1)),
+                ("FT, longest latency", all(&|round| round.ours[1].latency[2])),
+                ("COLO, longest latency", colo(&|_, seen, _| seen.latency[2])),
             ]);
         }
         figures

@@ -77,15 +77,15 @@ struct Window {
 pub struct Seen {
     /// Of the metric, per second.
     pub rate: f64,
-    /// Latency in ms, median and 99th percentile; 0: the load has none.
-    pub latency: (f64, f64),
+    /// Latency in ms: median, 99th percentile, longest; 0: the load has none.
+    pub latency: [f64; 3],
 }
 
 impl Window {
     fn seen(&self) -> Seen {
         Seen {
             rate: self.rate,
-            latency: (self.latency.median, self.latency.p99),
+            latency: [self.latency.median, self.latency.p99, self.latency.max],
         }
     }
 }

@@ -66,11 +66,14 @@ impl Pair {
             ("with / without", of(&|[ours, plain]| ours.rate / plain.rate)),
         ];
         // Streams and memory have none.
-        if self.rounds.iter().flatten().any(|one| one.latency.0 > 0.0) {
+        if self.rounds.iter().flatten().any(|one| one.latency[0] > 0.0) {
             figures.extend([
-                ("latency p50 (ms), with", of(&|[ours, _]| ours.latency.0)),
-                ("latency p50 (ms), without", of(&|[_, plain]| plain.latency.0)),
-                ("with - without", of(&|[ours, plain]| ours.latency.0 - plain.latency.0)),
+                ("latency p50 (ms), with", of(&|[ours, _]| ours.latency[0])),
+                ("latency p50 (ms), without", of(&|[_, plain]| plain.latency[0])),
+                (
+                    "with - without",
+                    of(&|[ours, plain]| ours.latency[0] - plain.latency[0]),
+                ),
             ]);
         }
         figures

@@ -85,6 +85,16 @@ pub fn all() -> Vec<Workload> {
             Options { udp: true, ..none() },
         ),
         load(
+            "cpu-udp",
+            "computing, beside a UDP ping each millisecond",
+            Metric::Burned,
+            Options {
+                burn: true,
+                udp: true,
+                ..none()
+            },
+        ),
+        load(
             "bulk-out",
             "one TCP stream out",
             Metric::Bytes,
