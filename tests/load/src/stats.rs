@@ -15,6 +15,8 @@ pub struct Summary {
     pub mean: f64,
     /// 99 percent of the values are below.
     pub p99: f64,
+    /// 99.9 percent of the values are below.
+    pub p999: f64,
     /// Largest.
     pub max: f64,
 }
@@ -34,6 +36,7 @@ impl Summary {
             median: rank(0.5),
             mean: sorted.iter().sum::<f64>() / sorted.len() as f64,
             p99: rank(0.99),
+            p999: rank(0.999),
             max,
         }
     }
@@ -135,6 +138,7 @@ impl Histogram {
             median: self.rank(0.5) * scale,
             mean: self.sum / self.count as f64 * scale,
             p99: self.rank(0.99) * scale,
+            p999: self.rank(0.999) * scale,
             max: self.max as f64 * scale,
         }
     }

@@ -377,6 +377,9 @@ impl Outcome {
             figures.push(("latency off p50", "ms", of(&self.off, |w| w.latency.median)));
             figures.push(("added latency p50", "ms", self.added(|l| l.median)));
             figures.push(("added latency p99", "ms", self.added(|l| l.p99)));
+            figures.push(("added latency p99.9", "ms", self.added(|l| l.p999)));
+            figures.push(("longest latency off", "ms", of(&self.off, |w| w.latency.max)));
+            figures.push(("longest latency on", "ms", of(&self.on, |w| w.latency.max)));
         }
         let on = |f: &dyn Fn(&Window) -> f64| of(&self.on, f);
         figures.push((
