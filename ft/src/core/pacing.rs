@@ -94,6 +94,12 @@ impl Pacing {
         now.saturating_sub(self.began)
     }
 
+    /// What an epoch lasts at least, so that checkpoints of the time that the last ones took are rare enough.
+    fn budget(&self, limits: &Limits) -> Nanos {
+        let percent = Nanos::from(limits.overhead_percent);
+        (self.checkpoint * (100 - percent) / percent).min(LONGEST)
+    }
+
     /// When the epoch ends, if nothing more happens.
     pub fn ends_at(&self, limits: &Limits, output: bool, running_bytes: u64) -> Nanos {
         if running_bytes >= limits.max_epoch_bytes {
@@ -104,9 +110,7 @@ impl Pacing {
         } else {
             limits.max_epoch
         };
-        // As long as checkpoints of the time that the last ones took need to be rare enough.
-        let percent = Nanos::from(limits.overhead_percent);
-        let longest = longest.max((self.checkpoint * (100 - percent) / percent).min(LONGEST));
+        let longest = longest.max(self.budget(limits));
         let room = u128::from(limits.max_epoch_bytes - running_bytes);
         // Never shorter than the shortest epoch for the sake of a guess.
         let filled = room * 1_000_000_000 / u128::from(self.dirty_rate.max(1));
@@ -120,12 +124,13 @@ impl Pacing {
         let half = limits.max_lag / 2;
         let span = u64::from(100 - MIN_PERCENT);
         let by_lag = 100 - (lag.saturating_sub(half).min(half) * span / half.max(1)) as u8;
+        let longest = limits.max_epoch.max(self.budget(limits));
         let overdue = if room {
             0
         } else {
-            self.age(now).saturating_sub(2 * limits.max_epoch)
+            self.age(now).saturating_sub(2 * longest)
         };
-        let by_age = 100 - (overdue.saturating_mul(span) / (8 * limits.max_epoch).max(1)).min(span) as u8;
+        let by_age = 100 - (overdue.saturating_mul(span) / (8 * longest).max(1)).min(span) as u8;
         // In steps, so that it does not change all the time.
         by_lag.min(by_age) / 10 * 10
     }
@@ -176,6 +181,11 @@ mod tests {
         // Nothing of it without the bound; too much data ends the epoch all the same.
         assert_eq!((length(&limits(), true), length(&limits(), false)), (200_000, ms(100)));
         assert_eq!(pacing.ends_at(&quarter, true, 64 << 20), now);
+        assert_eq!(
+            pacing.percent(&quarter, 0, false, now + ms(350)),
+            100,
+            "it is not overdue"
+        );
         let rare = Limits {
             overhead_percent: 1,
             ..limits()
