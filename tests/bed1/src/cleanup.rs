@@ -128,7 +128,7 @@ fn remove_all() {
         match thing {
             Thing::Process(pid) => wait_gone(*pid),
             Thing::Namespace(name) => delete_namespace(name),
-            Thing::Directory(path) => drop(std::fs::remove_dir_all(path)),
+            Thing::Directory(path) => delete_directory(path),
         }
     }
 }
@@ -160,6 +160,21 @@ pub fn delete_namespace(name: &str) {
     drop(quiet);
 }
 
+/// Deletes a directory, when it is there, and takes away first what is mounted in it.
+pub fn delete_directory(path: &Path) {
+    let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap_or_default();
+    let points = mounts.lines().filter_map(|line| line.split(' ').nth(1));
+    for point in points.filter(|point| Path::new(point).starts_with(path)) {
+        drop(
+            Command::new("umount")
+                .args(["-l", point])
+                .stderr(Stdio::null())
+                .status(),
+        );
+    }
+    drop(std::fs::remove_dir_all(path));
+}
+
 /// Name of the `index`-th namespace or directory of this process.
 pub fn name(index: u64) -> String {
     format!("ftbed{}n{index}", std::process::id())
@@ -186,7 +201,7 @@ fn sweep() {
     let temp = std::env::temp_dir();
     for name in names_in(&temp, false) {
         if !temp.join(&name).join(KEEP).exists() {
-            drop(std::fs::remove_dir_all(temp.join(&name)));
+            delete_directory(&temp.join(&name));
         }
     }
 }

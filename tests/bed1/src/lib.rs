@@ -18,6 +18,7 @@
 //! | [`images`] | disk images, seen from outside |
 //! | [`pair`] | [`pair::Bed`]: hosts with disks and the arbiter; boot, backup, protect |
 //! | [`loads`] | every load at once, and the checks of what it saw |
+//! | [`failing`] | a disk that gives I/O errors when it is told to |
 //! | [`failover`] | kills, and the times and gaps around them |
 //! | [`chain`] | one guest that lives through many kills |
 //! | [`services`] | every service of the guest, checked once |
@@ -32,6 +33,7 @@
 pub mod chain;
 pub mod cleanup;
 pub mod colo;
+pub mod failing;
 pub mod failover;
 pub mod http;
 pub mod images;

@@ -491,7 +491,7 @@ impl Bed {
 impl Drop for Bed {
     fn drop(&mut self) {
         if !self.keep {
-            drop(std::fs::remove_dir_all(&self.dir));
+            cleanup::delete_directory(&self.dir);
         }
         self.registered = None;
     }

@@ -24,8 +24,8 @@ const RETRANSMISSION: Duration = Duration::from_millis(200);
 pub struct Direction {
     /// Bytes are taken and kept: nothing goes on, nothing is closed.
     stalled: AtomicBool,
-    /// Each piece is given on so many milliseconds late.
-    delay_ms: AtomicU64,
+    /// Each piece is given on so many microseconds late.
+    delay_us: AtomicU64,
     /// One piece of so many is late by a retransmission, and with it all that follow; 0: none.
     late_one_in: AtomicU64,
     /// Bytes per second; 0: no limit.
@@ -44,7 +44,7 @@ impl Direction {
 
     /// Delays each piece.
     pub fn delay(&self, time: Duration) {
-        self.delay_ms.store(time.as_millis() as u64, Ordering::SeqCst);
+        self.delay_us.store(time.as_micros() as u64, Ordering::SeqCst);
     }
 
     /// Makes one piece of `n` late, as a lost segment would; 0: none.
@@ -186,7 +186,7 @@ fn take(shared: &Shared, direction: &Direction, mut from: TcpStream, pieces: &Sy
             Err(_) => return,
         };
         count += 1;
-        let mut due = Instant::now() + Duration::from_millis(direction.delay_ms.load(Ordering::SeqCst));
+        let mut due = Instant::now() + Duration::from_micros(direction.delay_us.load(Ordering::SeqCst));
         let late = direction.late_one_in.load(Ordering::SeqCst);
         if late > 0 && count % late == 0 {
             due += RETRANSMISSION;

@@ -98,6 +98,8 @@ fn run(args: &Args) -> Result<()> {
         "rounds": args.setup.rounds,
         "seconds": args.setup.seconds,
         "tls": args.setup.tls,
+        "link_delay_us": args.setup.link_delay,
+        "link_rate_mbit": args.setup.link_rate,
         "limits": args.setup.limits,
         "loads": outcomes.iter().map(Outcome::json).collect::<Vec<_>>(),
         "failovers": gaps,

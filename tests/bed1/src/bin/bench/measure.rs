@@ -9,6 +9,7 @@ use bed1::colo::{self, Colo};
 use bed1::loads::{self, Loads};
 use bed1::pair::{Bed, Host, Options, Side};
 use bed1::proxied::{LIMIT, Proxied};
+use bed1::proxy::Proxy;
 use bed1::report::Table;
 use clap::Args;
 use load::control::Status;
@@ -53,6 +54,12 @@ pub struct Setup {
     /// The log channel is TLS.
     #[arg(long)]
     pub tls: bool,
+    /// Microseconds that the log channel takes longer, each way: it goes through a proxy, with 0 too.
+    #[arg(long, value_name = "US")]
+    pub link_delay: Option<u64>,
+    /// Most that the log channel carries each way, in Mbit/s, by the proxy; 0: no limit.
+    #[arg(long, value_name = "MBIT")]
+    pub link_rate: Option<u64>,
 }
 
 /// What was seen in one stretch of time.
@@ -105,6 +112,8 @@ pub struct Outcome {
     protect: Vec<f64>,
     /// Round trips of the log channel's network alone, in ms.
     round_trips: Summary,
+    /// What the proxy adds to them, in ms.
+    delay: f64,
     /// Bytes per second that the log channel's network carries when nothing else runs; of streams.
     carried: Summary,
 }
@@ -251,6 +260,20 @@ fn on_its_own(load: &Workload, setup: &Setup, bed: &Bed, running: &Running<'_>) 
     Ok(window.seen())
 }
 
+/// Puts a longer or slower link between the primary and `backup`, if that is wanted.
+fn link(setup: &Setup, bed: &Bed, backup: &mut Host) -> Result<Option<Proxy>> {
+    if setup.link_delay.or(setup.link_rate).is_none() {
+        return Ok(None);
+    }
+    let proxy = Proxy::start(&bed.network, Side::B, 6500, &backup.peer)?;
+    for direction in [proxy.forward(), proxy.back()] {
+        direction.delay(Duration::from_micros(setup.link_delay.unwrap_or_default()));
+        direction.rate(setup.link_rate.unwrap_or_default() * 125_000);
+    }
+    backup.peer.clone_from(&proxy.address);
+    Ok(Some(proxy))
+}
+
 /// Measures a load.
 pub fn run(load: &Workload, setup: &Setup) -> Result<Outcome> {
     let (rounds, seconds) = (setup.rounds.max(1), setup.seconds);
@@ -262,6 +285,7 @@ pub fn run(load: &Workload, setup: &Setup) -> Result<Outcome> {
     };
     let mut primary = bed.boot(Side::A)?;
     let mut backup = bed.backup(Side::B)?;
+    let _link = link(setup, &bed, &mut backup)?;
     let mut loads = Loads::start(&bed, &loads::model(&bed), &load.loads)?;
     let (mut off, mut on, mut memory, mut protect) = (Vec::new(), Vec::new(), (0.0, 0.0), Vec::new());
     for round in 0..rounds {
@@ -291,6 +315,7 @@ pub fn run(load: &Workload, setup: &Setup) -> Result<Outcome> {
         memory,
         protect,
         round_trips,
+        delay: 2e-3 * setup.link_delay.unwrap_or_default() as f64,
         carried,
     })
 }
@@ -385,7 +410,7 @@ impl Outcome {
         figures.push((
             "least: pause p50 + round trip of the log channel p50",
             "ms",
-            on(&|w| info(w, "pause_ms", "p50") + self.round_trips.median),
+            on(&|w| info(w, "pause_ms", "p50") + self.round_trips.median + self.delay),
         ));
         figures.push(("epochs", "/s", on(&|w| 1000.0 / info(w, "epoch_ms", "mean").max(1e-3))));
         figures.push(("dirty pages per epoch p50", "", on(&|w| info(w, "dirty_pages", "p50"))));

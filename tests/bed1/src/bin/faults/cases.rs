@@ -3,9 +3,11 @@
 use std::fs::File;
 use std::io::Write;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use bed1::failing::{FailingDisk, Faults};
 use bed1::failover::{self, Takeover};
 use bed1::loads::{self, Loads};
 use bed1::netns::{TAP, run as command};
@@ -117,6 +119,16 @@ pub fn all() -> Vec<Case> {
             "backup-disk-full",
             "the primary goes on unprotected and says why, nothing is lost",
             backup_disk_full,
+        ),
+        case(
+            "backup-disk-write-error",
+            "the primary goes on unprotected and says why, nothing is lost",
+            backup_disk_write_error,
+        ),
+        case(
+            "backup-disk-flush-error",
+            "with disk-of-both: the primary goes on unprotected and says why, nothing is lost",
+            backup_disk_flush_error,
         ),
         case(
             "backup-killed-in-precopy",
@@ -463,6 +475,49 @@ fn arbiter_read_only(_: &Counts) -> Outcome {
         format!("both waited, then {who} solo, {}", finish(&mut p)?),
         vec![("gap_ms", takeover.gap_ms)],
     ))
+}
+
+/// A pair whose backup's disk fails when it is told to, with this flush durability policy.
+fn with_failing_disk(durability: &'static str) -> Result<(FailingDisk, Proxied)> {
+    let mut mounted = None;
+    let options = Options {
+        durability,
+        ..options()
+    };
+    let pair = Proxied::prepared(options, &loads::Options::everything(1), |bed| {
+        let (folder, behind) = (bed.dir.join("failing"), bed.dir.join("behind.img"));
+        mounted = Some(FailingDisk::mount(&folder, &behind)?);
+        bed.move_disk(Side::B, "failing/disk.img")
+    })?;
+    Ok((mounted.context("not mounted")?, pair))
+}
+
+/// The backup's disk fails: the primary goes on, and says why.
+fn backup_disk_fails(durability: &'static str, fault: impl Fn(&Faults) -> &AtomicBool) -> Outcome {
+    // The disk outlives its user.
+    let (disk, mut p) = with_failing_disk(durability)?;
+    let moment = Instant::now();
+    fault(&disk.faults).store(true, Ordering::SeqCst);
+    p.primary.vmm.wait_ft_state("failed", LIMIT)?;
+    let takeover = failover::after(moment, &mut p.primary, &p.loads)?;
+    let reason = p.primary.vmm.ft_info()?["reason"]
+        .as_str()
+        .unwrap_or_default()
+        .to_string();
+    ensure!(reason.contains("os error 5"), "the reason does not say so: {reason}");
+    p.loads.verify(&p.primary.disk)?;
+    Ok((
+        format!("primary runs on, {}; `{reason}`", finish(&mut p)?),
+        vec![("gap_ms", takeover.gap_ms)],
+    ))
+}
+
+fn backup_disk_write_error(_: &Counts) -> Outcome {
+    backup_disk_fails("memory-of-both", |faults| &faults.writes)
+}
+
+fn backup_disk_flush_error(_: &Counts) -> Outcome {
+    backup_disk_fails("disk-of-both", |faults| &faults.flushes)
 }
 
 fn backup_disk_full(_: &Counts) -> Outcome {
