@@ -29,6 +29,9 @@ pub struct Options {
     /// Seconds of each measurement
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=600))]
     seconds: u32,
+    /// Limits of FT, as for `ch-remote ft enable`
+    #[arg(long, value_name = "KEY=VALUE", num_args = 1..)]
+    limits: Vec<String>,
     /// Print JSON
     #[arg(long)]
     json: bool,
@@ -86,7 +89,7 @@ pub fn run(options: &Options) -> Result<()> {
     for round in 1..=options.rounds {
         eprintln!("bed 2: round {round} of {}", options.rounds);
         off.push(measure(&mut guest, options)?);
-        guest.enable(5000, "")?;
+        guest.enable(5000, &options.limits.join(" "))?;
         on.push(measure(&mut guest, options)?);
         guest.run("a", "ft_is p protected")?;
         guest.disable()?;
@@ -106,7 +109,10 @@ pub fn run(options: &Options) -> Result<()> {
         let figures: Vec<_> = rows
             .map(|(name, what, off, on, ratio)| json!({"name": name, "what": what, "off": off, "on": on, "ratio": ratio}))
             .collect();
-        println!("{:#}", json!({"rounds": options.rounds, "figures": figures}));
+        println!(
+            "{:#}",
+            json!({"rounds": options.rounds, "limits": options.limits, "figures": figures})
+        );
     } else {
         let head = "median (least - most)";
         println!("{head:46} {:>26} {:>26} {:>22}", "FT off", "FT on", "on / off");
