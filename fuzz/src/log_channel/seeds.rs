@@ -122,7 +122,7 @@ fn piece(kind: u8, payload: &[u8]) -> Vec<u8> {
 pub fn seeds() -> Vec<Vec<u8>> {
     let mut raw = vec![0];
     let (mut epoch, mut each) = (vec![1, 0], Vec::new());
-    let mut back = vec![2];
+    let mut back = Vec::new();
     for (seq, frame) in frames().iter().flat_map(encode).enumerate() {
         let (head, body) = frame.payload();
         let payload = [head, body].concat();
@@ -145,9 +145,9 @@ pub fn seeds() -> Vec<Vec<u8>> {
             epoch.extend(&one);
             epoch.push(0);
         } else {
-            back.extend([10, 0xc0, 0, 1, 0, 0, 0, 1, 0, 0, 5, 0]);
-            back.extend(&one);
-            back.push(0);
+            // After 10 ms a checkpoint of 256 bytes, nothing anew; 5 ms later the frame, with this moment's stamp.
+            let first = [2, 10, 0xc0, 0, 1, 0, 0, 0, 1, 0, 0, 0, 5, 0];
+            back.push([&first[..], &one, &[0]].concat());
         }
     }
     epoch.extend([1, GOOD_END, 0, 0, 0]);
@@ -158,7 +158,8 @@ pub fn seeds() -> Vec<Vec<u8>> {
         &postcard::to_stdvec(&1u64).expect("a number"),
     ));
     taken_over.push(0);
-    let mut seeds = vec![raw, epoch, taken_over, back];
+    let mut seeds = vec![raw, epoch, taken_over];
+    seeds.extend(back);
     seeds.extend(each);
     seeds
 }
