@@ -23,6 +23,7 @@ pub mod copies;
 pub mod core;
 pub mod error;
 pub mod event;
+mod heap;
 pub mod interposer;
 pub mod machine;
 pub mod outbox;

@@ -7,6 +7,7 @@ use super::Shared;
 use super::session::{Session, SessionParts};
 use crate::arbiter::{self, Arbiter};
 use crate::config::FtInfo;
+use crate::heap;
 use crate::machine::{Refusal, Shadow};
 use crate::outbox::{Clock, Outbox, Stamp};
 use crate::primary::session::lock;
@@ -77,6 +78,7 @@ pub(super) fn greet(shared: &Arc<Shared>, stream: Stream, peer: &str) {
     }
     let (reason, over) = serve(shared, hello, outbox, reader, clock, peer);
     shared.leave(reason, over);
+    heap::give_back();
 }
 
 fn answer(outbox: &Outbox, frame: Frame) {

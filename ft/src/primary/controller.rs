@@ -15,6 +15,7 @@ use super::stage::Stage;
 use crate::audit::ram::Auditor;
 use crate::core::ms;
 use crate::core::primary::{Action, Event};
+use crate::heap;
 use crate::machine::{MachineError, Output, PageRun};
 use crate::wire::pages::PageEncoder;
 
@@ -74,6 +75,8 @@ pub(super) fn run(session: &Arc<Session>) {
     if controller.stopped {
         session.machine.close_disks();
     }
+    drop(controller);
+    heap::give_back();
 }
 
 /// Why protection did not begin.
