@@ -33,7 +33,7 @@ fn busybox_boots_both_ways_and_comes_back_from_a_snapshot() {
                      --serial file=$LOGS/quick-{kernel}.log --console off
                  wait_for 120 \"{kernel} to boot\" open_port 7
                  [ \"$(echo hello | timeout 10 nc -N 192.168.100.2 7)\" = hello ] || fail echo
-                 grep -q 'quick: ready, 1 vCPUs' $LOGS/quick-{kernel}.log || fail serial"
+                 wait_for 30 'the last line of the boot' grep -q 'quick: ready, 1 vCPUs' $LOGS/quick-{kernel}.log"
             ),
         );
         if kernel == "vmlinux" {
