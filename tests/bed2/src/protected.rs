@@ -46,8 +46,11 @@ impl Protected {
         Self::boot(spec, "path=/dev/bed/lun,direct=on", "lun")
     }
 
-    fn boot(spec: Spec, primary_disk: &str, disk: &'static str) -> Result<Self> {
+    fn boot(mut spec: Spec, primary_disk: &str, disk: &'static str) -> Result<Self> {
         let survivor = if spec.hosts.len() == 2 { "b" } else { "a" };
+        // Of two vCPUs of a host, one found the guest's per-CPU data in its kernel's place now and then (a stale translation of
+        // the emulator), and the host crashed.
+        spec.hosts.iter_mut().for_each(|host| host.cpus = 1);
         let mut this = Self {
             bed: Bed::start(spec)?,
             survivor,
