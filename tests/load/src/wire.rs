@@ -92,6 +92,22 @@ impl Wire {
             .map_err(|e| classify("waiting for an answer", e))
     }
 
+    /// Whether something can be received without waiting, be it the connection's end.
+    pub fn is_ready(&self) -> Result<bool, Error> {
+        let broken = |e| classify("looking for an answer", e);
+        if self.start < self.buffer.len() {
+            return Ok(true);
+        }
+        self.stream.set_nonblocking(true).map_err(broken)?;
+        let found = self.stream.peek(&mut [0]);
+        self.stream.set_nonblocking(false).map_err(broken)?;
+        match found {
+            Ok(_) => Ok(true),
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(false),
+            Err(e) => Err(broken(e)),
+        }
+    }
+
     /// Receives what is there, at least one byte; 0 means the guest closed.
     pub fn receive_some(&mut self, buf: &mut [u8]) -> Result<usize, Error> {
         loop {
