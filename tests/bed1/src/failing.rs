@@ -4,7 +4,7 @@ use std::ffi::OsStr;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -14,8 +14,6 @@ use fuser::{
     BackgroundSession, BsdFileFlags, Config, Errno, FileAttr, FileHandle, FileType, Filesystem, Generation, INodeNo,
     LockOwner, OpenFlags, ReplyAttr, ReplyData, ReplyEmpty, ReplyEntry, ReplyWrite, Request, TimeOrNow, WriteFlags,
 };
-
-use crate::netns::run;
 
 /// Name of the file.
 const NAME: &str = "disk.img";
@@ -34,12 +32,11 @@ pub struct Faults {
     pub flushes: AtomicBool,
 }
 
-/// The file system; unmounted when dropped.
+/// The file system; unmounted when dropped, or with the bed's directory in which it is.
 pub struct FailingDisk {
     /// Switches.
     pub faults: Arc<Faults>,
-    at: PathBuf,
-    session: Option<BackgroundSession>,
+    _session: BackgroundSession,
 }
 
 impl FailingDisk {
@@ -62,17 +59,8 @@ impl FailingDisk {
             .with_context(|| format!("mount a FUSE file system at {}", folder.display()))?;
         Ok(Self {
             faults,
-            at: folder.to_path_buf(),
-            session: Some(session),
+            _session: session,
         })
-    }
-}
-
-impl Drop for FailingDisk {
-    fn drop(&mut self) {
-        // VMMs have the mount in their own mount namespaces: lazily.
-        drop(run("umount", &["-l", &self.at.display().to_string()]));
-        drop(self.session.take());
     }
 }
 

@@ -32,4 +32,9 @@ impl Only {
     pub fn has(&self, name: &str) -> bool {
         self.everything() || self.only.iter().any(|only| only == name)
     }
+
+    /// The same where only the `usual` ones are taken when no name was given.
+    pub fn has_of(&self, usual: &[&str], name: &str) -> bool {
+        self.has(name) && (!self.everything() || usual.contains(&name))
+    }
 }

@@ -42,8 +42,7 @@ impl Proxied {
         let mut primary = bed.boot(Side::A)?;
         let loads = Loads::start(&bed, &loads::model(&bed), load)?;
         let mut backup = bed.backup(Side::B)?;
-        let proxy = Proxy::start(&bed.network, Side::B, 6500, &backup.peer)?;
-        backup.peer.clone_from(&proxy.address);
+        let proxy = Proxy::before(&bed, &mut backup)?;
         bed.protect(&mut primary, &mut backup)?;
         ensure!(
             proxy.forward().passed() > 1 << 20,

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 
 use crate::netns::Network;
-use crate::pair::Side;
+use crate::pair::{Bed, Host, Side};
 
 /// Pieces of up to 64 KiB under way in a direction.
 const UNDER_WAY: usize = 256;
@@ -114,6 +114,13 @@ impl Proxy {
             listener: Some(listener),
             address: format!("tcp:{at}"),
         })
+    }
+
+    /// On the way to `backup`, which is reached through it from now on.
+    pub fn before(bed: &Bed, backup: &mut Host) -> Result<Self> {
+        let proxy = Self::start(&bed.network, backup.side, 6500, &backup.peer)?;
+        backup.peer.clone_from(&proxy.address);
+        Ok(proxy)
     }
 
     /// Primary to backup.

@@ -5,7 +5,7 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use bed1::report::Table;
 use load::stats::Summary;
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
 use crate::measure::{self, Seen, Setup, spread};
 use crate::suite::Workload;
@@ -38,17 +38,13 @@ pub struct Comparison {
 
 /// Measures the loads; each is printed when it is there.
 pub fn run(all: &[Workload], args: &Args, program: &Path) -> Result<Vec<Comparison>> {
-    let chosen = |load: &&Workload| match args.only.everything() {
-        true => LOADS.contains(&load.name),
-        false => args.only.has(load.name),
-    };
     let program = program.canonicalize().with_context(|| program.display().to_string())?;
     let setup = Setup {
         rounds: 1,
         ..args.setup.clone()
     };
     let mut comparisons = Vec::new();
-    for load in all.iter().filter(chosen) {
+    for load in all.iter().filter(|load| args.only.has_of(&LOADS, load.name)) {
         eprintln!("==> {}: {}", load.name, load.what);
         let round = |_| {
             let ours = measure::run(load, &setup)?.first().context("no round")?;
@@ -127,23 +123,17 @@ impl Comparison {
 /// For programs.
 pub fn json(comparisons: &[Comparison]) -> Value {
     let of = |comparison: &Comparison| {
-        let figure =
-            |(what, s): (&str, Summary)| (what.into(), json!({"median": s.median, "min": s.min, "max": s.max}));
-        let figures: Map<String, Value> = comparison.figures().into_iter().map(figure).collect();
         let failures: Vec<&str> = comparison.failures().collect();
-        json!({"name": comparison.name, "figures": figures, "colo_failures": failures})
+        json!({"name": comparison.name, "figures": measure::spreads(&comparison.figures()), "colo_failures": failures})
     };
     json!({"colo": comparisons.iter().map(of).collect::<Vec<_>>()})
 }
 
 /// The page.
 pub fn html(comparisons: &[Comparison]) -> String {
-    let tables = comparisons.iter().map(|one| {
-        format!(
-            "<h2>{}</h2><pre>{}</pre>",
-            one.name,
-            page::escape(&one.table().to_string())
-        )
-    });
-    page::head() + &tables.collect::<String>() + "</html>\n"
+    page::tables(
+        comparisons
+            .iter()
+            .map(|comparison| (comparison.name, comparison.table())),
+    )
 }

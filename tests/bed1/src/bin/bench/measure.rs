@@ -265,12 +265,11 @@ fn link(setup: &Setup, bed: &Bed, backup: &mut Host) -> Result<Option<Proxy>> {
     if setup.link_delay.or(setup.link_rate).is_none() {
         return Ok(None);
     }
-    let proxy = Proxy::start(&bed.network, Side::B, 6500, &backup.peer)?;
+    let proxy = Proxy::before(bed, backup)?;
     for direction in [proxy.forward(), proxy.back()] {
         direction.delay(Duration::from_micros(setup.link_delay.unwrap_or_default()));
         direction.rate(setup.link_rate.unwrap_or_default() * 125_000);
     }
-    backup.peer.clone_from(&proxy.address);
     Ok(Some(proxy))
 }
 
@@ -339,6 +338,15 @@ fn number(value: f64) -> String {
         10.0.. => format!("{value:.1}"),
         _ => format!("{value:.2}"),
     }
+}
+
+/// Figures without a unit, for programs.
+pub fn spreads(figures: &[(&'static str, Summary)]) -> Value {
+    let one = |(what, s): &(&str, Summary)| {
+        let spread = json!({"median": s.median, "min": s.min, "max": s.max});
+        ((*what).to_string(), spread)
+    };
+    figures.iter().map(one).collect::<serde_json::Map<_, _>>().into()
 }
 
 /// Median (least - most), for people.

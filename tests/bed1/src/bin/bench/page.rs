@@ -10,9 +10,14 @@ const WIDTH: f64 = 560.0;
 const HEIGHT: f64 = 300.0;
 const MARGIN: f64 = 50.0;
 
-/// Text as HTML.
-pub fn escape(text: &str) -> String {
+fn escape(text: &str) -> String {
     text.replace('&', "&amp;").replace('<', "&lt;")
+}
+
+/// A page of tables, each with its name.
+pub fn tables(tables: impl Iterator<Item = (&'static str, Table)>) -> String {
+    let one = |(name, table): (&str, Table)| format!("<h2>{name}</h2><pre>{}</pre>", escape(&table.to_string()));
+    head() + &tables.map(one).collect::<String>() + "</html>\n"
 }
 
 /// Points joined by a line, on axes from 0 on.

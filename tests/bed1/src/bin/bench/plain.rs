@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use bed1::process::binary;
 use bed1::report::Table;
 use load::stats::Summary;
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
 use crate::measure::{self, Seen, spread};
 use crate::suite::Workload;
@@ -24,14 +24,10 @@ pub struct Pair {
 
 /// Measures the loads with this build and with `plain`; each is printed when it is there.
 pub fn run(all: &[Workload], args: &Args, plain: &Path) -> Result<Vec<Pair>> {
-    let chosen = |load: &&Workload| match args.only.everything() {
-        true => LOADS.contains(&load.name),
-        false => args.only.has(load.name),
-    };
     let ours = binary("cloud-hypervisor")?;
     let plain = plain.canonicalize().with_context(|| plain.display().to_string())?;
     let mut pairs = Vec::new();
-    for load in all.iter().filter(chosen) {
+    for load in all.iter().filter(|load| args.only.has_of(&LOADS, load.name)) {
         eprintln!("==> {}: {}", load.name, load.what);
         let mut rounds = Vec::new();
         for round in 0..args.setup.rounds.max(1) {
@@ -90,19 +86,11 @@ impl Pair {
 
 /// For programs.
 pub fn json(pairs: &[Pair]) -> Value {
-    let of = |pair: &Pair| {
-        let figure =
-            |(what, s): (&str, Summary)| (what.into(), json!({"median": s.median, "min": s.min, "max": s.max}));
-        let figures: Map<String, Value> = pair.figures().into_iter().map(figure).collect();
-        json!({"name": pair.name, "figures": figures})
-    };
+    let of = |pair: &Pair| json!({"name": pair.name, "figures": measure::spreads(&pair.figures())});
     json!({"plain": pairs.iter().map(of).collect::<Vec<_>>()})
 }
 
 /// The page.
 pub fn html(pairs: &[Pair]) -> String {
-    let tables = pairs
-        .iter()
-        .map(|pair| format!("<h2>{}</h2><pre>{}</pre>", pair.name, pair.table()));
-    page::head() + &tables.collect::<String>() + "</html>\n"
+    page::tables(pairs.iter().map(|pair| (pair.name, pair.table())))
 }

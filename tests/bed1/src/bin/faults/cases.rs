@@ -333,10 +333,7 @@ fn shadow_flipped(rate: &str, flip: impl Fn(&Host) -> Result<String>) -> Outcome
     p.backup.vmm.wait_ft_state("failed", LIMIT)?;
     let found_ms = moment.elapsed().as_secs_f64() * 1e3;
     p.primary.vmm.wait_ft_state("failed", LIMIT)?;
-    let reason = p.primary.vmm.ft_info()?["reason"]
-        .as_str()
-        .unwrap_or_default()
-        .to_string();
+    let reason = reason(&p.primary)?;
     ensure!(reason.contains(&named), "R6: the reason does not name it: {reason}");
     failover::after(moment, &mut p.primary, &p.loads)?;
     p.loads.verify(&p.primary.disk)?;
@@ -384,6 +381,11 @@ fn flipped(forward: bool) -> Outcome {
     let line = named(finder).context("R6: the damage is not named")?;
     let said = line.split("ft: ").last().unwrap_or(&line).to_string();
     Ok((format!("{who} solo, {}; `{said}`", finish(&mut p)?), figures(&takeover)))
+}
+
+/// Why protection ended, as the host tells.
+fn reason(host: &Host) -> Result<String> {
+    Ok(host.vmm.ft_info()?["reason"].as_str().unwrap_or_default().to_string())
 }
 
 fn answers(p: &Proxied) -> u64 {
@@ -500,10 +502,7 @@ fn backup_disk_fails(durability: &'static str, fault: impl Fn(&Faults) -> &Atomi
     fault(&disk.faults).store(true, Ordering::SeqCst);
     p.primary.vmm.wait_ft_state("failed", LIMIT)?;
     let takeover = failover::after(moment, &mut p.primary, &p.loads)?;
-    let reason = p.primary.vmm.ft_info()?["reason"]
-        .as_str()
-        .unwrap_or_default()
-        .to_string();
+    let reason = reason(&p.primary)?;
     ensure!(reason.contains("os error 5"), "the reason does not say so: {reason}");
     p.loads.verify(&p.primary.disk)?;
     Ok((
@@ -533,10 +532,7 @@ fn backup_disk_full(_: &Counts) -> Outcome {
     let moment = Instant::now();
     p.primary.vmm.wait_ft_state("failed", LIMIT)?;
     failover::after(moment, &mut p.primary, &p.loads)?;
-    let reason = p.primary.vmm.ft_info()?["reason"]
-        .as_str()
-        .unwrap_or_default()
-        .to_string();
+    let reason = reason(&p.primary)?;
     ensure!(
         reason.contains("No space") || reason.contains("os error 28"),
         "the reason does not say so: {reason}"
