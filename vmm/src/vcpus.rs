@@ -5,7 +5,8 @@
 //! vCPU. A parked thread waits on a condition variable; a kick gets a running one out of the guest.
 //!
 //! For a checkpoint each thread reads its vCPU's state itself, all at the same time, once all vCPUs are out of the guest
-//! (none can send another an interrupt that the state of neither would have).
+//! (none can send another an interrupt that the state of neither would have). Guest RAM stands still from then on too, so
+//! whoever paused the VM goes on without waiting for the states.
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
@@ -162,7 +163,8 @@ impl Vcpus {
     }
 
     /// Gets every vCPU out of the guest and waits until all are parked; their I/O instructions are complete. With `save`
-    /// each thread reads its vCPU's state, in parallel, for [`Vcpus::states`]; devices must be held then.
+    /// each thread reads its vCPU's state before it parks, in parallel, for [`Vcpus::states`], which waits for that: this
+    /// returns as soon as all are out of the guest. Devices must be held then.
     pub fn pause(&self, save: bool) {
         let mut control = lock(&self.shared.control);
         if control.target == Target::Run {
@@ -174,7 +176,10 @@ impl Vcpus {
             self.shared.changed.notify_all();
         }
         drop(control);
-        self.wait_parked();
+        // A thread that is about to enter the guest was kicked, so it does not.
+        if !save || !self.shared.all_out() {
+            self.wait_parked();
+        }
     }
 
     fn wait_parked(&self) {
