@@ -56,6 +56,11 @@ fn set_buffers(receive: u32, send: u32) -> io::Result<()> {
     std::fs::write("/proc/sys/net/ipv4/tcp_wmem", format!("4096 65536 {send}"))
 }
 
+/// TCP's congestion control in the namespace of the calling thread: Linux's own default, whatever this machine's is.
+fn set_congestion_control() -> io::Result<()> {
+    std::fs::write("/proc/sys/net/ipv4/tcp_congestion_control", "cubic")
+}
+
 /// The namespaces; removed when dropped, and with them every tap, bridge and veth.
 pub struct Network {
     tag: String,
@@ -74,6 +79,8 @@ impl Network {
             this.registered.push(Registered::namespace(&this.ns(side)));
             ip(&format!("netns add {}", this.ns(side)))?;
             ip(&format!("-n {} link set lo up", this.ns(side)))?;
+            this.within(side, set_congestion_control)
+                .context("congestion control")?;
             ip(&format!(
                 "-n {} link add br0 type bridge forward_delay 0",
                 this.ns(side)
