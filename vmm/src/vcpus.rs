@@ -176,7 +176,7 @@ impl Vcpus {
             self.shared.changed.notify_all();
         }
         drop(control);
-        // A thread that is about to enter the guest was kicked, so it does not.
+        // Its vCPU is still held by a thread that was inside, until it has read the state.
         if !save || !self.shared.all_out() {
             self.wait_parked();
         }
@@ -267,15 +267,17 @@ impl Drop for Vcpus {
     }
 }
 
-/// Parks as long as asked. False: the thread must end.
+/// Parks as long as asked. True: the thread counts as inside of the guest now; false: it must end.
 fn wait_for_run(shared: &Shared, kicker: &dyn VcpuKicker) -> bool {
     let mut control = lock(&shared.control);
     let mut counted = false;
     loop {
         match control.target {
             Target::Run => {
-                // Under the lock: a kick that follows a later change of `target` is not lost.
+                // Under the lock: a kick that follows a later change of `target` is not lost, and whoever changes it then
+                // waits for this thread to come out of the guest.
                 kicker.clear();
+                shared.inside.fetch_add(1, Ordering::SeqCst);
                 break;
             }
             Target::Exit => break,
@@ -307,7 +309,6 @@ fn vcpu_thread(index: usize, vcpu: &Mutex<Box<dyn Vcpu>>, shared: &Shared, exits
         let loads = lock(&shared.control).loads;
         if fallen != Some(loads) {
             let mut held = lock(vcpu);
-            shared.inside.fetch_add(1, Ordering::SeqCst);
             let outcome = run_until_kicked(held.as_mut(), exits);
             shared.inside.fetch_sub(1, Ordering::SeqCst);
             match &outcome {
@@ -326,6 +327,8 @@ fn vcpu_thread(index: usize, vcpu: &Mutex<Box<dyn Vcpu>>, shared: &Shared, exits
                 Err(reason) => exits.events.failed(format!("vCPU {index}: {reason}")),
             }
             fallen = Some(loads);
+        } else {
+            shared.inside.fetch_sub(1, Ordering::SeqCst);
         }
         let mut control = lock(&shared.control);
         while control.target == Target::Run {
