@@ -56,9 +56,11 @@ fn set_buffers(receive: u32, send: u32) -> io::Result<()> {
     std::fs::write("/proc/sys/net/ipv4/tcp_wmem", format!("4096 65536 {send}"))
 }
 
-/// TCP's congestion control in the namespace of the calling thread: Linux's own default, whatever this machine's is.
+/// TCP's congestion control in the namespace of the calling thread, whatever this machine's is: Linux's own default, or Reno
+/// where a namespace may not have that (tcp_allowed_congestion_control), which every namespace may have.
 fn set_congestion_control() -> io::Result<()> {
-    std::fs::write("/proc/sys/net/ipv4/tcp_congestion_control", "cubic")
+    let set = |name| std::fs::write("/proc/sys/net/ipv4/tcp_congestion_control", name);
+    set("cubic").or_else(|_| set("reno"))
 }
 
 /// The namespaces; removed when dropped, and with them every tap, bridge and veth.
