@@ -12,6 +12,7 @@ use thiserror::Error;
 
 use crate::copies::{CopyClaim, Divergence, SessionId};
 use crate::interposer::Interposer;
+use crate::wire::payload::Payload;
 
 /// Guest page size in bytes.
 pub const PAGE_SIZE: usize = 4096;
@@ -81,6 +82,18 @@ pub struct PageRun {
     pub count: u64,
 }
 
+impl PageRun {
+    /// The address behind its last page.
+    pub(crate) fn end(&self) -> u64 {
+        self.gpa + self.count * PAGE_SIZE as u64
+    }
+
+    /// The address of each of its pages.
+    pub(crate) fn addresses(&self) -> impl Iterator<Item = u64> + use<> {
+        (self.gpa..self.end()).step_by(PAGE_SIZE)
+    }
+}
+
 /// An output that may leave the VM once its epoch is committed (rule R1).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Output {
@@ -101,14 +114,14 @@ pub enum Output {
 }
 
 /// An input that the guest of the primary was given, kept for the resumed guest (rule R8).
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Input {
     /// A received frame with its vnet header.
     Frame {
         /// Index of the network device.
         nic: u16,
         /// The frame.
-        data: Vec<u8>,
+        data: Payload,
     },
 }
 

@@ -235,7 +235,7 @@ fn frame() -> impl Strategy<Value = Frame> {
         (any::<u64>(), any::<u16>(), change()).prop_map(|(epoch, disk, change)| Frame::Disk { epoch, disk, change }),
         (any::<u64>(), any::<u16>(), vec(any::<u8>(), 0..2000)).prop_map(|(epoch, nic, data)| Frame::Input {
             epoch,
-            input: Input::Frame { nic, data }
+            input: Input::Frame { nic, data: data.into() }
         }),
         (any::<u64>(), vec(output(), 1..5)).prop_map(|(epoch, outputs)| Frame::Outputs { epoch, outputs }),
         (any::<u64>(), vec(any::<u8>(), 1..2000)).prop_map(|(epoch, data)| Frame::State { epoch, data }),

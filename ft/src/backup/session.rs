@@ -16,6 +16,7 @@ use crate::arbiter::{Arbiter, answer_of};
 use crate::config::{FtAudit, FtDurability, FtInfo, FtLimits, FtRole, FtState};
 use crate::copies::SessionId;
 use crate::core::backup::{Action, BackupState, Event, FromPrimary, ToPrimary};
+use crate::core::liveness::pulse;
 use crate::core::ms;
 use crate::core::staging::Staging;
 use crate::event::{EventSink, Status, announce};
@@ -455,28 +456,26 @@ impl Session {
 
     fn beat(self: &Arc<Self>) {
         loop {
-            let limits = lock(&self.limits).clone();
-            let heartbeat = Duration::from_millis(limits.heartbeat_ms.into()) / 2;
-            let interval = heartbeat.min(Duration::from_millis(limits.heartbeat_timeout_ms.into()) / 8);
-            {
-                let over = lock(&self.over);
-                if *over || self.quit.load(Ordering::SeqCst) {
-                    return;
-                }
-                let (over, _) = self
-                    .ended
-                    .wait_timeout(over, interval)
-                    .unwrap_or_else(PoisonError::into_inner);
-                if *over || self.quit.load(Ordering::SeqCst) {
-                    return;
-                }
-            }
-            if self.clock.now().saturating_sub(self.outbox.last_write()) >= heartbeat.as_nanos() as u64 {
+            let (heartbeat, timeout) = {
+                let limits = lock(&self.limits);
+                (ms(limits.heartbeat_ms.into()), ms(limits.heartbeat_timeout_ms.into()))
+            };
+            let (now, mut written) = (self.clock.now(), self.outbox.last_write());
+            if now.saturating_sub(written) >= heartbeat {
                 self.outbox.post(encode(&Frame::Heartbeat));
+                written = now;
             }
-            self.feed(Event::Tick {
-                heard: self.heard.load(Ordering::Acquire),
-            });
+            let heard = self.heard.load(Ordering::Acquire);
+            self.feed(Event::Tick { heard });
+            let over = lock(&self.over);
+            if *over || self.quit.load(Ordering::SeqCst) {
+                return;
+            }
+            let sleep = Duration::from_nanos(pulse(heartbeat, timeout, written, heard, now));
+            let waited = self.ended.wait_timeout(over, sleep);
+            if *waited.unwrap_or_else(PoisonError::into_inner).0 {
+                return;
+            }
         }
     }
 

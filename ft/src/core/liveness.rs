@@ -50,6 +50,20 @@ impl Silence {
     }
 }
 
+/// Rest of a silence that is waited for beyond its end, so that it is over then by any count.
+const BEYOND: Nanos = 1_000_000;
+
+/// How long a side may sleep at `now` before it sends a heartbeat, if it has written nothing since `written`, and asks
+/// [`Silence`] again about the other side, last heard at `heard`.
+pub fn pulse(heartbeat: Nanos, timeout: Nanos, written: Nanos, heard: Nanos, now: Nanos) -> Nanos {
+    let silence = match (heard + timeout).checked_sub(now) {
+        Some(left) => (left + BEYOND).min(timeout / 10),
+        // It may count from later on.
+        None => timeout / 20,
+    };
+    silence.min((written + heartbeat).saturating_sub(now))
+}
+
 /// The primary's right to release.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Lease {
@@ -127,6 +141,23 @@ mod tests {
             let dead = (21..=200).find(|now| silence.is_dead(0, now + jump)).unwrap();
             assert!(dead > 87, "jump of {jump}: dead after {dead}");
         }
+    }
+
+    #[test]
+    fn a_side_sleeps_until_something_is_due() {
+        let (heartbeat, timeout) = (50_000_000, 500_000_000);
+        let sleep = |written, heard, now| pulse(heartbeat, timeout, written, heard, now);
+        assert_eq!(sleep(100, 100, 100), 50_000_000);
+        assert_eq!(sleep(100, 100, 30_000_100), 20_000_000, "a heartbeat is due");
+        assert_eq!(sleep(0, 100, 60_000_000), 0, "it is overdue");
+        assert_eq!(sleep(490_000_000, 100, 490_000_100), 11_000_000, "the silence ends");
+        assert_eq!(
+            sleep(600_000_000, 100, 600_000_100),
+            25_000_000,
+            "it does not count from when it began"
+        );
+        // At least eight times per timeout, see Silence.
+        assert!((0..2000).all(|n| sleep(n * 1_000_000, 0, n * 1_000_000) <= timeout / 8));
     }
 
     #[test]

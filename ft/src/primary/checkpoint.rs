@@ -8,9 +8,11 @@ use super::controller::{BeginError, Controller};
 use super::metrics::Checkpoint;
 use super::session::lock;
 use super::stage::pages;
+use crate::audit::PageSum;
 use crate::core::primary::{Action, Event};
-use crate::machine::{MachineError, PAGE_SIZE};
+use crate::machine::{MachineError, PAGE_SIZE, PageRun};
 use crate::wire::frame::{self, EndMarker, Frame, OutFrame, encode};
+use crate::wire::pages::push_page;
 
 /// Frames that a checkpoint carries along: an answer that the dying primary could not send leaves from the backup. More
 /// than this is a stream, whose retransmission finds out by what follows.
@@ -21,6 +23,9 @@ const BURST: u64 = 1 << 20;
 
 /// Pages that are worth a pass of their own while the guest runs: copying fewer takes no longer than such a pass costs.
 const AHEAD: f64 = 128.0;
+
+/// With more pages written than this, most are not hot ones, and comparing them takes longer than it saves.
+const MOST_COMPARED: u64 = 4096;
 
 /// Passes of that kind.
 const MAX_PASSES: u32 = 4;
@@ -52,13 +57,54 @@ impl Controller {
         Ok(())
     }
 
-    /// Copies the pages written since the last call; their number. Hot pages are copied in the pause alone.
+    /// Copies the pages written since the last call; their number. Hot pages are copied in the pause alone, and only if
+    /// they were changed.
     fn copy_written(&mut self, hot: bool) -> Result<u64, MachineError> {
-        let machine = &self.session.machine;
+        let session = self.session.clone();
+        let machine = &session.machine;
         self.runs.clear();
         machine.harvest_dirty(hot, &mut self.runs)?;
-        self.stage.copy(&self.runs, |gpa, to| machine.read_memory(gpa, to))?;
-        Ok(pages(&self.runs))
+        let written = pages(&self.runs);
+        let runs = if hot && written <= MOST_COMPARED {
+            self.leave_out_same()?;
+            &self.changed
+        } else {
+            self.same = 0;
+            &self.runs
+        };
+        self.stage.copy(runs, |gpa, to| machine.read_memory(gpa, to))?;
+        Ok(written)
+    }
+
+    /// Finds out which of the pages in `runs` are to be copied: not those that are as they were sent last. With the VM
+    /// still. A page that is staged already is copied again, whatever it was sent as.
+    fn leave_out_same(&mut self) -> Result<(), MachineError> {
+        let machine = &self.session.machine;
+        let sent = &mut self.encoder.sent;
+        let mut page = [0; PAGE_SIZE];
+        self.changed.clear();
+        self.same = 0;
+        for gpa in self.runs.iter().flat_map(PageRun::addresses) {
+            if sent.may_be_same(gpa) && !self.stage.contains(gpa) {
+                machine.read_memory(gpa, &mut page)?;
+                if sent.is_same(gpa, &page) {
+                    self.same += 1;
+                    continue;
+                }
+            }
+            push_page(&mut self.changed, gpa);
+        }
+        Ok(())
+    }
+
+    /// The audit's sums of pages that were not written in the epoch that ends. One that is as it was sent may have been
+    /// something else when it was summed.
+    fn settle_audit(&mut self) -> Vec<PageSum> {
+        let (stage, runs) = (&self.stage, &self.runs);
+        self.auditor.settle(|gpa| {
+            let at = runs.partition_point(|run| run.end() <= gpa);
+            stage.contains(gpa) || runs.get(at).is_some_and(|run| run.gpa <= gpa)
+        })
     }
 
     /// Takes a checkpoint of the VM, which stands still since `begin`, lets it run on and sends the checkpoint.
@@ -72,7 +118,7 @@ impl Controller {
         // Whether a page was written is found out by comparing it.
         let hot = machine.hot_pages(sent.is_on(), &sent.take_cold())?;
         self.copy_written(true)?;
-        let count = self.stage.pages();
+        let count = self.stage.pages() + self.same;
         let bytes = count as usize * PAGE_SIZE;
         self.dirty_rate = count.saturating_sub(hot) as f64 / epoch_time.as_secs_f64().max(1e-4);
         let state = machine.save_state()?;
@@ -105,7 +151,7 @@ impl Controller {
                 },
             );
         }
-        let mut sums = self.auditor.settle(|gpa| self.stage.contains(gpa));
+        let mut sums = self.settle_audit();
         let places = anew.places();
         if places > 0 {
             (sums, chunks) = (anew.pages, anew.chunks);

@@ -27,6 +27,10 @@ pub(super) struct Controller {
     pub(super) auditor: Auditor,
     /// What was written last, while it is being copied.
     pub(super) runs: Vec<PageRun>,
+    /// Those of them that are to be copied.
+    pub(super) changed: Vec<PageRun>,
+    /// Pages written in the epoch that are as they were sent last, and are left out.
+    pub(super) same: u64,
     /// Pages written per second in the last epoch, but for hot ones.
     pub(super) dirty_rate: f64,
     /// Bytes of the last state.
@@ -57,6 +61,8 @@ pub(super) fn run(session: &Arc<Session>) {
         stage: Stage::new(),
         auditor: Auditor::new(&session.identity.memory),
         runs: Vec::new(),
+        changed: Vec::new(),
+        same: 0,
         dirty_rate: 0.0,
         state_len: 0,
         epoch_began: Instant::now(),

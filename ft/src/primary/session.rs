@@ -15,6 +15,7 @@ use crate::audit::disk::DiskAudit;
 use crate::config::{FtAudit, FtDurability, FtLimits, FtRole, FtState};
 use crate::copies::{CopyClaim, SessionId};
 use crate::core::arbitration::Answer;
+use crate::core::liveness::pulse;
 use crate::core::primary::{Action, Event, FromBackup, PrimaryState, ToBackup};
 use crate::core::{MAX_IN_FLIGHT, Nanos};
 use crate::event::{EventSink, Status, announce};
@@ -482,12 +483,14 @@ impl Session {
             if over {
                 return;
             }
-            let now = self.clock.now();
-            if now.saturating_sub(self.outbox.last_write()) >= heartbeat / 2 {
+            let (now, mut written) = (self.clock.now(), self.outbox.last_write());
+            if now.saturating_sub(written) >= heartbeat {
                 self.outbox.post(encode(&Frame::Heartbeat));
+                written = now;
             }
             self.feed(Self::TICK);
-            self.wait_end(Duration::from_nanos((heartbeat / 2).min(timeout / 8)));
+            let heard = self.heard.load(Ordering::Acquire);
+            self.wait_end(Duration::from_nanos(pulse(heartbeat, timeout, written, heard, now)));
         }
     }
 }

@@ -23,10 +23,6 @@ pub(super) struct Stage {
     small: u32,
 }
 
-fn end(run: &PageRun) -> u64 {
-    run.gpa + run.count * PAGE_SIZE as u64
-}
-
 /// Pages of `runs`.
 pub(super) fn pages(runs: &[PageRun]) -> u64 {
     runs.iter().map(|run| run.count).sum()
@@ -66,7 +62,7 @@ impl Stage {
 
     /// Whether the page at `gpa` is one of them.
     pub(super) fn contains(&self, gpa: u64) -> bool {
-        let at = self.places.partition_point(|(run, _)| end(run) <= gpa);
+        let at = self.places.partition_point(|(run, _)| run.end() <= gpa);
         self.places.get(at).is_some_and(|(run, _)| run.gpa <= gpa)
     }
 
@@ -94,16 +90,17 @@ impl Stage {
         let mut next = 0;
         for run in written {
             let mut gpa = run.gpa;
-            while gpa < end(run) {
-                while next < known && end(&self.places[next].0) <= gpa {
+            while gpa < run.end() {
+                while next < known && self.places[next].0.end() <= gpa {
                     next += 1;
                 }
                 let (until, place) = match self.places[..known].get(next) {
-                    Some((have, at)) if have.gpa <= gpa => {
-                        (end(have).min(end(run)), Some(at + (gpa - have.gpa) / PAGE_SIZE as u64))
-                    }
-                    Some((have, _)) => (have.gpa.min(end(run)), None),
-                    None => (end(run), None),
+                    Some((have, at)) if have.gpa <= gpa => (
+                        have.end().min(run.end()),
+                        Some(at + (gpa - have.gpa) / PAGE_SIZE as u64),
+                    ),
+                    Some((have, _)) => (have.gpa.min(run.end()), None),
+                    None => (run.end(), None),
                 };
                 let count = (until - gpa) / PAGE_SIZE as u64;
                 let at = place.unwrap_or_else(|| self.append(PageRun { gpa, count }));

@@ -5,7 +5,7 @@
 
 pub mod tls;
 
-use std::io::{self, IoSlice, Read, Write};
+use std::io::{self, IoSlice, IoSliceMut, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -369,6 +369,17 @@ impl Read for Stream {
             Self::Tcp(s) => s.read(buf),
             Self::Tls(s) => s.read(buf),
             Self::Unix(s) => s.read(buf),
+        }
+    }
+
+    fn read_vectored(&mut self, bufs: &mut [IoSliceMut<'_>]) -> io::Result<usize> {
+        match self {
+            Self::Tcp(s) => s.read_vectored(bufs),
+            Self::Tls(s) => {
+                let room = bufs.iter_mut().find(|buf| !buf.is_empty());
+                room.map_or(Ok(0), |buf| s.read(buf))
+            }
+            Self::Unix(s) => s.read_vectored(bufs),
         }
     }
 }

@@ -185,19 +185,15 @@ fn disk(payload: Payload) -> Result<Frame, DecodeError> {
     Ok(Frame::Disk { epoch, disk, change })
 }
 
-fn input(payload: Payload) -> Result<Frame, DecodeError> {
+fn input(mut payload: Payload) -> Result<Frame, DecodeError> {
     let mut prefix = Prefix {
         kind: "input",
         rest: &payload,
     };
     let (epoch, nic) = (prefix.u64()?, prefix.u16()?);
-    Ok(Frame::Input {
-        epoch,
-        input: Input::Frame {
-            nic,
-            data: prefix.rest.to_vec(),
-        },
-    })
+    payload.skip(payload.len() - prefix.rest.len());
+    let input = Input::Frame { nic, data: payload };
+    Ok(Frame::Input { epoch, input })
 }
 
 fn outputs(payload: &[u8]) -> Result<Frame, DecodeError> {

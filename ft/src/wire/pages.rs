@@ -117,9 +117,10 @@ impl Batch {
     }
 }
 
-fn push_page(runs: &mut Vec<PageRun>, gpa: u64) {
+/// Appends a page, to the last run if it follows that.
+pub(crate) fn push_page(runs: &mut Vec<PageRun>, gpa: u64) {
     match runs.last_mut() {
-        Some(run) if run.gpa + run.count * PAGE_SIZE as u64 == gpa => run.count += 1,
+        Some(run) if run.end() == gpa => run.count += 1,
         _ => runs.push(PageRun { gpa, count: 1 }),
     }
 }
@@ -152,10 +153,7 @@ impl PageEncoder {
         self.lines.clear();
         self.line_bytes.clear();
         let mut read = 0;
-        let addresses = runs
-            .iter()
-            .flat_map(|run| (0..run.count).map(|page| run.gpa + page * PAGE_SIZE as u64));
-        for gpa in addresses {
+        for gpa in runs.iter().flat_map(PageRun::addresses) {
             let range = read..read + PAGE_SIZE;
             read += PAGE_SIZE;
             let Some(page) = data[range.clone()].first_chunk::<PAGE_SIZE>() else {

@@ -1,6 +1,6 @@
 //! Frames from a byte stream.
 
-use std::io::{self, Read};
+use std::io::{self, IoSliceMut, Read};
 
 use thiserror::Error;
 
@@ -39,7 +39,8 @@ pub struct Envelope {
     pub size: usize,
 }
 
-const BUFFER: usize = 64 << 10;
+/// Bytes read ahead: what of a large frame is read ahead is copied once more.
+const BUFFER: usize = 8 << 10;
 
 /// Reads frames; checks everything that does not need the protocol's state.
 pub struct FrameReader<R> {
@@ -140,18 +141,19 @@ impl<R: Read> FrameReader<R> {
         payload[..filled].copy_from_slice(&self.buffer[self.start..self.start + filled]);
         self.start += filled;
         while filled < len {
-            let missing = len - filled;
-            if missing < BUFFER / 2 {
-                // A short rest is read together with what follows it.
-                (self.start, self.end) = (0, 0);
-                self.fill(missing, heard)?;
-                payload[filled..].copy_from_slice(&self.buffer[..missing]);
-                self.start = missing;
-                break;
-            }
-            match self.stream.read(&mut payload[filled..]) {
+            (self.start, self.end) = (0, 0);
+            // What follows it is read together with its end.
+            let mut parts = [
+                IoSliceMut::new(&mut payload[filled..]),
+                IoSliceMut::new(&mut self.buffer),
+            ];
+            match self.stream.read_vectored(&mut parts) {
                 Ok(0) => return Err(ReadError::Closed),
-                Ok(n) => filled += n,
+                Ok(n) => {
+                    let of_payload = n.min(len - filled);
+                    filled += of_payload;
+                    self.end = n - of_payload;
+                }
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
                 Err(e) => return Err(ReadError::Io(e)),
             }

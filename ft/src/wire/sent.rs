@@ -25,8 +25,8 @@ pub enum How {
 /// Most lines of a page that are not sent as a whole page.
 const MOST_LINES: u32 = 48;
 
-/// A page that was written all over is looked at again only after so many times that it is written; twice as many each
-/// time that it was written all over again, up to 2 to the power of this.
+/// A page that was written all over twice in a row is looked at again only after so many times that it is written; twice as
+/// many each time that it was written all over again, up to 2 to the power of this.
 const MOST_STRIKES: u8 = 6;
 
 #[derive(Debug, Clone, Copy)]
@@ -124,23 +124,54 @@ impl SentPages {
             mask: difference(old, new),
         };
         if lines.mask.count_ones() > MOST_LINES {
-            place.strikes = (place.strikes + 1).min(MOST_STRIKES);
             place.skip = (1 << place.strikes) - 1;
+            place.strikes = (place.strikes + 1).min(MOST_STRIKES);
+            place.same = 0;
+            if place.skip == 0 {
+                *old = *new;
+            }
             return How::Whole;
         }
         place.strikes = 0;
-        place.same = if lines.mask == 0 { place.same + 1 } else { 0 };
-        if place.same == COLD {
-            place.same = 0;
-            if self.cold.len() < COLD_AT_ONCE {
-                self.cold.push(gpa);
-            }
+        if lines.mask == 0 {
+            self.note_same(at);
+            return How::Lines(0);
         }
+        place.same = 0;
         for (address, len) in lines.runs() {
             let at = address as usize;
             old[at..at + len].copy_from_slice(&new[at..at + len]);
         }
         How::Lines(lines.mask)
+    }
+
+    fn note_same(&mut self, at: usize) {
+        let place = &mut self.places[at];
+        place.same += 1;
+        if place.same == COLD {
+            place.same = 0;
+            if self.cold.len() < COLD_AT_ONCE {
+                self.cold.push(place.gpa);
+            }
+        }
+    }
+
+    /// Whether the page at `gpa` was as it was sent when it was looked at last: then it is worth asking
+    /// [`SentPages::is_same`] before it is copied.
+    pub fn may_be_same(&self, gpa: u64) -> bool {
+        let place = self.place(gpa).map(|at| self.places[at]);
+        place.is_some_and(|place| place.gpa == gpa && place.skip == 0 && place.same > 0)
+    }
+
+    /// Whether the page at `gpa` is as it was sent. If so it need not be given to [`SentPages::update`].
+    pub fn is_same(&mut self, gpa: u64, new: &[u8; PAGE_SIZE]) -> bool {
+        let Some(at) = self.place(gpa) else { return false };
+        let place = &self.places[at];
+        let same = place.gpa == gpa && place.skip == 0 && self.bytes[at * PAGE_SIZE..].first_chunk() == Some(new);
+        if same {
+            self.note_same(at);
+        }
+        same
     }
 
     /// The page at `gpa` becomes something that is not told here.
@@ -172,7 +203,6 @@ mod tests {
         assert_eq!(sent.update(0x3000, &page), How::Lines(0));
         page.fill(9);
         assert_eq!(sent.update(0x3000, &page), How::Whole);
-        assert_eq!(sent.update(0x3000, &page), How::Whole, "now it is remembered");
         assert_eq!(sent.update(0x3000, &page), How::Lines(0));
         sent.forget(0x3000);
         assert_eq!(sent.update(0x3000, &page), How::Whole);
@@ -193,6 +223,28 @@ mod tests {
         let seen = (0..64).find(|_| sent.update(0, &page(7)) == How::Lines(0));
         assert!(seen.is_some());
         assert_eq!(sent.update(0, &page(7)), How::Lines(0));
+    }
+
+    #[test]
+    fn only_a_page_that_is_known_to_be_as_it_was_sent_is_the_same() {
+        let mut sent = SentPages::default();
+        let (one, two) = ([1; PAGE_SIZE], [2; PAGE_SIZE]);
+        assert!(!sent.may_be_same(0) && !sent.is_same(0, &one), "there is no cache");
+        sent.resize(1);
+        assert!(!sent.is_same(0, &one));
+        sent.update(0, &one);
+        assert!(!sent.may_be_same(0), "it was not the same yet");
+        assert!(sent.is_same(0, &one) && sent.may_be_same(0));
+        assert!(!sent.is_same(0, &two) && !sent.is_same(1 << 20, &one));
+        sent.update(0, &two);
+        assert!(!sent.may_be_same(0) && !sent.is_same(0, &one) && sent.is_same(0, &two));
+        // While it is sent without a look, what is known of it is old.
+        sent.update(0, &one);
+        assert!(!sent.is_same(0, &two) && !sent.is_same(0, &one));
+        for _ in 0..COLD {
+            sent.update(1 << 12, &one);
+        }
+        assert!(sent.is_same(1 << 12, &one) && sent.take_cold() == [1 << 12]);
     }
 
     #[test]

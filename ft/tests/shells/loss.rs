@@ -90,7 +90,7 @@ fn r8_inputs_of_the_lost_epoch_are_given_again_in_order() {
     let expected: Vec<Input> = (0..50u8)
         .map(|n| Input::Frame {
             nic: 1,
-            data: vec![n; 100],
+            data: vec![n; 100].into(),
         })
         .collect();
     assert_eq!(*lock(&live.replayed), expected);

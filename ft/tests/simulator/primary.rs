@@ -212,7 +212,7 @@ impl World {
                     self.s.p.inputs.push((self.s.p.epoch, value));
                     let input = Input::Frame {
                         nic: 0,
-                        data: value.to_le_bytes().to_vec(),
+                        data: value.to_le_bytes().to_vec().into(),
                     };
                     self.send_to_backup(Frame::Input {
                         epoch: self.s.p.epoch,

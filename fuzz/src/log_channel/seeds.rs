@@ -61,7 +61,7 @@ fn frames() -> Vec<Frame> {
             epoch: 1,
             input: GuestInput::Frame {
                 nic: 1,
-                data: vec![2; 60],
+                data: vec![2; 60].into(),
             },
         },
         Frame::Outputs {

@@ -172,7 +172,7 @@ fn send_held(vm: &Vm, outputs: Vec<Output>) {
         match output {
             Output::Frame { nic, data } => {
                 if let Some(frames) = frames.get_mut(usize::from(nic)) {
-                    frames.push(data);
+                    frames.push(data.to_vec());
                 }
             }
             Output::Console { console, data } => {
@@ -287,7 +287,7 @@ impl Shadow for VmShadow {
         let mut frames: Vec<Vec<Vec<u8>>> = vec![Vec::new(); vm.devices().nets().len()];
         for Input::Frame { nic, data } in takeover.inputs {
             if let Some(frames) = frames.get_mut(usize::from(nic)) {
-                frames.push(data);
+                frames.push(data.to_vec());
             }
         }
         for (net, frames) in vm.devices().nets().iter().zip(frames) {
