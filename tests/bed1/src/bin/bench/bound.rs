@@ -1,8 +1,9 @@
 //! What FT costs at least. An answer waits for the pause of a checkpoint and one round trip of the log channel; the bytes of
-//! a stream go over the log channel once.
+//! a stream go over the log channel once, and the pages that hold them are copied in pauses.
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -23,6 +24,11 @@ const MEMORY: usize = 64 << 20;
 /// Times that a stream is measured, and for how long.
 const STREAMS: usize = 3;
 const STREAM_TIME: Duration = Duration::from_millis(500);
+
+const PAGE: usize = 4096;
+
+/// Times that pages are copied.
+const COPIES: usize = 500;
 
 /// Two sockets on the log channel's network, of hosts a and b.
 fn sockets(network: &Network) -> Result<(TcpStream, TcpStream)> {
@@ -71,6 +77,41 @@ pub fn carried(network: &Network) -> Result<Summary> {
         rates.push(joined(reader)?);
     }
     Ok(Summary::of(&rates))
+}
+
+/// Time to copy a page of RAM that another thread, the guest, has written since it was copied last, in ms: the mean of
+/// `pages` that are copied together, for each of many copies.
+pub fn copied(pages: usize) -> Result<Summary> {
+    let ram = Arc::new(Mutex::new(vec![1; pages * PAGE]));
+    let (written, next) = std::sync::mpsc::channel();
+    let (again, turn) = std::sync::mpsc::channel::<()>();
+    let guest = std::thread::spawn({
+        let ram = ram.clone();
+        move || {
+            for n in 0..COPIES {
+                ram.lock().unwrap_or_else(PoisonError::into_inner).fill(n as u8);
+                if written.send(()).is_err() || turn.recv().is_err() {
+                    break;
+                }
+            }
+            Ok(())
+        }
+    });
+    let mut stage = vec![1; pages * PAGE];
+    let mut times = Vec::with_capacity(COPIES);
+    for _ in 0..COPIES {
+        next.recv().context("the writing thread has ended")?;
+        let ram = ram.lock().unwrap_or_else(PoisonError::into_inner);
+        let begin = Instant::now();
+        stage.copy_from_slice(&ram);
+        std::hint::black_box(&stage);
+        times.push(begin.elapsed().as_secs_f64() * 1e3 / pages as f64);
+        drop(ram);
+        // The last time nobody listens any more.
+        let _ = again.send(());
+    }
+    joined(guest)?;
+    Ok(Summary::of(&times))
 }
 
 /// Round trips of a small epoch's bytes over the log channel's network, in ms: two sockets and two threads, nothing else.
