@@ -197,11 +197,6 @@ fn everything_that_is_not_offered_is_refused_by_name() {
         ("/cpus/kvm_hyperv", json!(true), "cpus.kvm_hyperv"),
         ("/cpus/max_phys_bits", json!(40), "cpus.max_phys_bits"),
         ("/cpus/nested", json!(false), "cpus.nested"),
-        (
-            "/cpus/affinity",
-            json!([{"vcpu": 0, "host_cpus": [1]}]),
-            "cpus.affinity",
-        ),
         ("/cpus/features", json!({"amx": true}), "cpus.features.amx"),
         ("/cpus/core_scheduling", json!("Vcpu"), "cpus.core_scheduling"),
         (
@@ -312,6 +307,22 @@ fn values_that_cannot_be_are_refused() {
     for (path, value, field) in [
         ("/cpus/boot_vcpus", json!(0), "cpus.boot_vcpus"),
         ("/cpus/max_vcpus", json!(1), "cpus.max_vcpus"),
+        (
+            "/cpus/affinity",
+            json!([{"vcpu": 2, "host_cpus": [1]}]),
+            "cpus.affinity",
+        ),
+        ("/cpus/affinity", json!([{"vcpu": 0, "host_cpus": []}]), "cpus.affinity"),
+        (
+            "/cpus/affinity",
+            json!([{"vcpu": 0, "host_cpus": [1024]}]),
+            "cpus.affinity",
+        ),
+        (
+            "/cpus/affinity",
+            json!([{"vcpu": 1, "host_cpus": [0]}, {"vcpu": 1, "host_cpus": [1]}]),
+            "cpus.affinity",
+        ),
         ("/memory/size", json!(0), "memory.size"),
         ("/memory/size", json!((1u64 << 30) + 1), "memory.size"),
         ("/memory/size", json!(u64::MAX), "memory.size"),

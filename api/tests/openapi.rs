@@ -156,6 +156,7 @@ fn types() -> BTreeMap<&'static str, BTreeSet<String>> {
         ("VmConfig", names::<VmConfig>()),
         ("PayloadConfig", names::<PayloadConfig>()),
         ("CpusConfig", names::<CpusConfig>()),
+        ("CpuAffinity", names::<CpuAffinity>()),
         ("CpuTopology", names::<CpuTopology>()),
         ("CpuFeatures", names::<CpuFeatures>()),
         ("CoreSchedulingMode", names::<CoreSchedulingMode>()),

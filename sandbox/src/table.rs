@@ -304,6 +304,8 @@ const RUN: &[Call] = &[kvm(0x80)];
 
 /// Reading a vCPU's state, on its own thread before a checkpoint and after a triple fault; emptying full dirty rings.
 const VCPU_STATE: &[Call] = &[
+    // Its own.
+    masked(libc::SYS_sched_setaffinity, 0, 0xffff_ffff, 0),
     // Registers, segment registers, MSRs, local APIC.
     kvm(0x81),
     kvm(0x83),

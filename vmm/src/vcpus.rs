@@ -13,6 +13,7 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use api::config::{CpusConfig, MAX_HOST_CPUS};
 use devices::bus::Bus;
 use devices::ioapic::Ioapic;
 use hypervisor::{BootRegisters, Vcpu, VcpuExit, VcpuKicker, VcpuState};
@@ -30,6 +31,9 @@ pub enum Error {
     /// No thread to be had.
     #[error("cannot start the thread of vCPU {0}: {1}")]
     Thread(usize, std::io::Error),
+    /// Its affinity.
+    #[error("vCPU {0} cannot run on the host's CPUs {1:?}, which cpus.affinity names: {2}")]
+    Affinity(usize, Vec<u16>, std::io::Error),
     /// A saved state for another number of vCPUs.
     #[error("the state has {found} vCPUs, the VM has {expected}")]
     Count {
@@ -75,6 +79,8 @@ struct Control {
     /// How often states were loaded.
     loads: u64,
     kickers: Vec<Arc<dyn VcpuKicker>>,
+    /// The first vCPU that does not run where it should.
+    not_pinned: Option<Error>,
 }
 
 struct Shared {
@@ -115,8 +121,8 @@ pub struct Vcpus {
 }
 
 impl Vcpus {
-    /// Takes vCPUs that are ready to run and starts their threads, parked.
-    pub fn start(vcpus: Vec<Box<dyn Vcpu>>, exits: &Exits) -> Result<Self, Error> {
+    /// Takes vCPUs that are ready to run and starts their threads, parked, on the host's CPUs that `config` names.
+    pub fn start(vcpus: Vec<Box<dyn Vcpu>>, config: &CpusConfig, exits: &Exits) -> Result<Self, Error> {
         let vcpus: Vec<_> = vcpus.into_iter().map(|v| Arc::new(Mutex::new(v))).collect();
         let shared = Arc::new(Shared {
             control: Mutex::new(Control {
@@ -125,6 +131,7 @@ impl Vcpus {
                 running: vcpus.len(),
                 loads: 0,
                 kickers: Vec::with_capacity(vcpus.len()),
+                not_pinned: None,
             }),
             save: AtomicBool::new(false),
             inside: AtomicUsize::new(0),
@@ -138,7 +145,14 @@ impl Vcpus {
         };
         for (i, vcpu) in this.vcpus.iter().enumerate() {
             let (vcpu, shared, exits) = (vcpu.clone(), this.shared.clone(), exits.clone());
-            let run = move || vcpu_thread(i, &vcpu, &shared, &exits);
+            let host_cpus = u8::try_from(i).map_or(&[][..], |id| config.host_cpus(id)).to_vec();
+            let run = move || {
+                if let Err(e) = pin(&host_cpus) {
+                    let not_pinned = &mut lock(&shared.control).not_pinned;
+                    not_pinned.get_or_insert(Error::Affinity(i, host_cpus, e));
+                }
+                vcpu_thread(i, &vcpu, &shared, &exits);
+            };
             let thread = sandbox::spawn(ThreadKind::Vcpu, format!("vcpu{i}"), run).map_err(|e| Error::Thread(i, e));
             match thread {
                 Ok(thread) => lock(&this.threads).push(thread),
@@ -150,6 +164,11 @@ impl Vcpus {
         }
         this.wait_parked();
         Ok(this)
+    }
+
+    /// The first vCPU that cannot run on the host's CPUs that it should run on, once: it runs where the process may.
+    pub fn not_pinned(&self) -> Option<Error> {
+        lock(&self.shared.control).not_pinned.take()
     }
 
     /// Number of vCPUs.
@@ -264,6 +283,25 @@ impl Vcpus {
 impl Drop for Vcpus {
     fn drop(&mut self) {
         self.stop();
+    }
+}
+
+/// Lets the calling thread run on `host_cpus` only, of which the kernel leaves out those that the host does not have or the
+/// process may not use. None given: nothing changes.
+fn pin(host_cpus: &[u16]) -> std::io::Result<()> {
+    if host_cpus.is_empty() {
+        return Ok(());
+    }
+    // SAFETY: a set of CPUs is an array of integers, for which zeroes are a value.
+    let mut set: libc::cpu_set_t = unsafe { std::mem::zeroed() };
+    for cpu in host_cpus.iter().filter(|cpu| **cpu < MAX_HOST_CPUS) {
+        // SAFETY: writes one bit of `set`, which has room for MAX_HOST_CPUS (CPU_SETSIZE).
+        unsafe { libc::CPU_SET(usize::from(*cpu), &mut set) };
+    }
+    // SAFETY: reads `set`, whose size is given; 0 is the calling thread.
+    match unsafe { libc::sched_setaffinity(0, size_of_val(&set), &set) } {
+        0 => Ok(()),
+        _ => Err(std::io::Error::last_os_error()),
     }
 }
 

@@ -187,20 +187,21 @@ pub struct Vm {
 impl Vm {
     /// Builds the VM; nothing runs yet. `uuid` names it to FT's arbiter; a fresh one when `None`.
     pub fn new(config: VmConfig, uuid: Option<String>, context: &VmContext) -> Result<Arc<Self>, Error> {
-        Self::build(config, uuid, context, &[])
+        Self::build(config, uuid, context, None)
     }
 
     /// Builds a VM that runs elsewhere, under this `uuid`. Its disks in `shared`, by id, are written there for the time
-    /// being: they are opened without their lock.
+    /// being: they are opened without their lock. A vCPU that cannot be pinned on this host as on the other runs where the
+    /// process may.
     pub fn shadow(config: VmConfig, uuid: String, context: &VmContext, shared: &[String]) -> Result<Arc<Self>, Error> {
-        Self::build(config, Some(uuid), context, shared)
+        Self::build(config, Some(uuid), context, Some(shared))
     }
 
     fn build(
         mut config: VmConfig,
         uuid: Option<String>,
         context: &VmContext,
-        shared: &[String],
+        shadowed: Option<&[String]>,
     ) -> Result<Arc<Self>, Error> {
         context.landlock.restrict(&config)?;
         let hv = |what| move |source| Error::Hypervisor { what, source };
@@ -221,6 +222,7 @@ impl Vm {
             asked: Mutex::default(),
         });
         let router = Router::new(kvm.clone());
+        let shared = shadowed.unwrap_or_default();
         let devices = DeviceManager::new(&config, &ram, &kvm, &router, signals.clone(), shared)?;
         crate::disks::keep_formats(&mut config);
         let mut vcpus = Vec::with_capacity(usize::from(vcpu_count));
@@ -240,7 +242,12 @@ impl Vm {
             ioapic: devices.ioapic().clone(),
             events: signals.clone(),
         };
-        let vcpus = Vcpus::start(vcpus, &exits)?;
+        let vcpus = Vcpus::start(vcpus, &config.cpus, &exits)?;
+        match vcpus.not_pinned() {
+            Some(e) if shadowed.is_none() => return Err(e.into()),
+            Some(e) => log::warn!("{e}; it will run where this process may"),
+            None => {}
+        }
         let power_on = vcpus.states(false)?;
         Ok(Arc::new(Self {
             config,

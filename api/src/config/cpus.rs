@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{Refused, yes};
+use super::yes;
 
 /// Virtual CPUs.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -24,9 +24,9 @@ pub struct CpusConfig {
     /// The guest sees the host's virtualization extensions, where the host offers them; `false` is not offered.
     #[serde(default = "yes")]
     pub nested: bool,
-    /// Not offered.
+    /// Which CPUs of the host run which vCPU. A vCPU that is not named runs on those of the process.
     #[serde(default)]
-    pub affinity: Refused,
+    pub affinity: Option<Vec<CpuAffinity>>,
     /// Further CPU features.
     #[serde(default)]
     pub features: CpuFeatures,
@@ -51,12 +51,34 @@ impl Default for CpusConfig {
             kvm_hyperv: false,
             max_phys_bits: default_phys_bits(),
             nested: true,
-            affinity: Refused::default(),
+            affinity: None,
             features: CpuFeatures::default(),
             core_scheduling: CoreSchedulingMode::default(),
         }
     }
 }
+
+impl CpusConfig {
+    /// CPUs of the host that run `vcpu`; none: those of the process.
+    pub fn host_cpus(&self, vcpu: u8) -> &[u16] {
+        let affinity = self.affinity.as_deref().unwrap_or_default();
+        let found = affinity.iter().find(|a| a.vcpu == vcpu);
+        found.map_or(&[], |a| &a.host_cpus)
+    }
+}
+
+/// Where a vCPU runs.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CpuAffinity {
+    /// Which vCPU; below `boot_vcpus`, each at most once.
+    pub vcpu: u8,
+    /// Numbers of the host's CPUs, at least one, each below [`MAX_HOST_CPUS`].
+    pub host_cpus: Vec<u16>,
+}
+
+/// As many CPUs as the C library's set of them holds.
+pub const MAX_HOST_CPUS: u16 = 1024;
 
 /// Threads, cores, dies and packages.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -25,7 +25,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 pub use console::{ConsoleConfig, ConsoleMode, DebugConsoleConfig};
-pub use cpus::{CoreSchedulingMode, CpuFeatures, CpuTopology, CpusConfig};
+pub use cpus::{CoreSchedulingMode, CpuAffinity, CpuFeatures, CpuTopology, CpusConfig, MAX_HOST_CPUS};
 pub use disk::{DiskConfig, ImageType, LockGranularity};
 pub use landlock::LandlockConfig;
 pub use mac::MacAddr;

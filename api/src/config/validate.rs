@@ -6,14 +6,15 @@ use std::fmt;
 use thiserror::Error;
 
 use super::{
-    ConsoleConfig, ConsoleMode, CoreSchedulingMode, DiskConfig, ImageType, LockGranularity, NetConfig, Refused,
-    VmConfig,
+    ConsoleConfig, ConsoleMode, CoreSchedulingMode, DiskConfig, ImageType, LockGranularity, MAX_HOST_CPUS, NetConfig,
+    Refused, VmConfig,
 };
 
 /// Parts of `VmConfig` that this VMM offers.
 const SUPPORTED: &str = "cpus, memory, payload (kernel, cmdline, initramfs), disks, net, rng, serial, console, \
     landlock_enable, landlock_rules";
-const SUPPORTED_CPUS: &str = "boot_vcpus, max_vcpus, topology (1 thread per core, 1 die per package, 1 package)";
+const SUPPORTED_CPUS: &str =
+    "boot_vcpus, max_vcpus, topology (1 thread per core, 1 die per package, 1 package), affinity";
 const SUPPORTED_MEMORY: &str = "size, mergeable, shared, hugepages, hugepage_size, prefault, thp";
 const SUPPORTED_DISK: &str = "path, readonly, direct, queue_size, id, serial, image_type (Raw, Qcow2), \
     backing_files, disable_io_uring";
@@ -203,7 +204,19 @@ impl VmConfig {
             c.offered(t.packages == 1, "topology.packages");
         }
         c.offered(!cpus.kvm_hyperv, "kvm_hyperv");
-        c.offered(cpus.affinity.is_neutral(), "affinity");
+        let affinity = cpus.affinity.as_deref().unwrap_or_default();
+        for (i, a) in affinity.iter().enumerate() {
+            c.require(
+                a.vcpu < cpus.boot_vcpus && affinity[..i].iter().all(|other| other.vcpu != a.vcpu),
+                "affinity",
+                "each vcpu must be below boot_vcpus and named once",
+            );
+            c.require(
+                !a.host_cpus.is_empty() && a.host_cpus.iter().all(|cpu| *cpu < MAX_HOST_CPUS),
+                "affinity",
+                "host_cpus must have at least one number, and none above 1023",
+            );
+        }
         c.offered(!cpus.features.amx, "features.amx");
         c.offered(cpus.core_scheduling != CoreSchedulingMode::Vcpu, "core_scheduling");
     }

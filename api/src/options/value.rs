@@ -3,7 +3,8 @@
 use std::net::IpAddr;
 use std::path::PathBuf;
 
-use crate::config::{CoreSchedulingMode, CpuTopology, ImageType, MacAddr};
+use super::split;
+use crate::config::{CoreSchedulingMode, CpuAffinity, CpuTopology, ImageType, MAX_HOST_CPUS, MacAddr};
 
 /// A type that an option's value can have.
 pub trait OptionValue: Sized {
@@ -114,6 +115,40 @@ impl OptionValue for CpuTopology {
     }
 }
 
+/// `[0@[0-3],1@[4,6]]`
+impl OptionValue for Vec<CpuAffinity> {
+    const EXPECTED: &'static str = "a list of VCPU@[CPUS] in brackets, for example [0@[0-3],1@[4,6]]";
+
+    fn parse(text: &str) -> Option<Self> {
+        let one = |part: &str| {
+            let (vcpu, cpus) = part.split_once('@')?;
+            Some(CpuAffinity {
+                vcpu: u8::parse(vcpu)?,
+                host_cpus: host_cpus(cpus)?,
+            })
+        };
+        split(in_brackets(text)?).ok()?.into_iter().map(one).collect()
+    }
+}
+
+fn in_brackets(text: &str) -> Option<&str> {
+    text.strip_prefix('[')?.strip_suffix(']')
+}
+
+/// `[0-3,6]`
+fn host_cpus(text: &str) -> Option<Vec<u16>> {
+    let mut cpus = Vec::new();
+    for range in in_brackets(text)?.split(',') {
+        let (first, last) = range.split_once('-').unwrap_or((range, range));
+        let (first, last) = (u16::parse(first)?, u16::parse(last)?);
+        if first > last || last >= MAX_HOST_CPUS {
+            return None;
+        }
+        cpus.extend(first..=last);
+    }
+    Some(cpus)
+}
+
 impl OptionValue for ImageType {
     const EXPECTED: &'static str = "raw or qcow2 (other formats are not supported: convert the image with qemu-img)";
 
@@ -150,6 +185,26 @@ mod tests {
         assert_eq!(size("4096"), Some(4096));
         for bad in ["", "M", "-1", "1.5G", "99999999999T", "1Ġ", "+1", "1MM"] {
             assert_eq!(size(bad), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn affinity() {
+        let affinity = Vec::<CpuAffinity>::parse("[0@[0-2,5],1@[7]]").unwrap();
+        assert_eq!((affinity[0].vcpu, &affinity[0].host_cpus[..]), (0, &[0, 1, 2, 5][..]));
+        assert_eq!((affinity[1].vcpu, &affinity[1].host_cpus[..]), (1, &[7][..]));
+        for bad in [
+            "",
+            "0@[1]",
+            "[0@1]",
+            "[0@[]]",
+            "[0@[2-1]]",
+            "[0@[1024]]",
+            "[0@[0-65535]]",
+            "[@[1]]",
+            "[0@[1]",
+        ] {
+            assert_eq!(Vec::<CpuAffinity>::parse(bad), None, "{bad}");
         }
     }
 

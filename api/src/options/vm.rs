@@ -11,12 +11,13 @@ use crate::config::{
 impl CpusConfig {
     /// `--cpus boot=2,max=2`
     pub fn parse(text: &str) -> Result<Self, OptionError> {
-        const KEYS: &[&str] = &["boot", "max", "topology", "core_scheduling"];
+        const KEYS: &[&str] = &["boot", "max", "topology", "affinity", "core_scheduling"];
         let mut options = Options::parse("--cpus", KEYS, text)?;
         let mut cpus = Self::default();
         options.set("boot", &mut cpus.boot_vcpus)?;
         cpus.max_vcpus = options.take("max")?.unwrap_or(cpus.boot_vcpus);
         options.set_some("topology", &mut cpus.topology)?;
+        options.set_some("affinity", &mut cpus.affinity)?;
         options.set("core_scheduling", &mut cpus.core_scheduling)?;
         Ok(cpus)
     }

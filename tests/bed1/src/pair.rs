@@ -26,6 +26,8 @@ pub const PROTECT_LIMIT: Duration = Duration::from_secs(120);
 pub struct Options {
     /// Number of vCPUs.
     pub vcpus: u32,
+    /// Where they run, as for `--cpus affinity=` (empty: anywhere).
+    pub affinity: &'static str,
     /// RAM in MiB.
     pub memory_mib: u64,
     /// Disk in MiB.
@@ -61,6 +63,7 @@ impl Default for Options {
     fn default() -> Self {
         Self {
             vcpus: 2,
+            affinity: "",
             memory_mib: 256,
             disk_mib: 16,
             data_mib: 0,
@@ -304,12 +307,20 @@ impl Bed {
         format!("ip={GUEST_IP}/24 {}", self.options.cmdline).trim().to_string()
     }
 
+    fn cpus(&self) -> String {
+        let Options { vcpus, affinity, .. } = &self.options;
+        match *affinity {
+            "" => format!("boot={vcpus}"),
+            affinity => format!("boot={vcpus},affinity={affinity}"),
+        }
+    }
+
     /// The VM's options on the VMM's command line.
     pub fn vm_args(&self, side: Side, serial: &Path) -> Result<Vec<String>> {
         let args = [
             ("--kernel", guest_image()?.display().to_string()),
             ("--cmdline", self.cmdline()),
-            ("--cpus", format!("boot={}", self.options.vcpus)),
+            ("--cpus", self.cpus()),
             ("--memory", format!("size={}M", self.options.memory_mib)),
             (
                 "--disk",

@@ -170,6 +170,18 @@ impl Vmm {
         })
     }
 
+    /// On which of the host's CPUs a thread may run, for example `0-3`.
+    pub fn cpus_of_thread(&self, name: &str) -> Result<String> {
+        for task in std::fs::read_dir(format!("/proc/{}/task", self.pid()))?.flatten() {
+            if std::fs::read_to_string(task.path().join("comm"))?.trim() == name {
+                let status = std::fs::read_to_string(task.path().join("status"))?;
+                let cpus = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:"));
+                return Ok(cpus.context("no Cpus_allowed_list")?.trim().into());
+            }
+        }
+        bail!("no thread {name}")
+    }
+
     /// MiB that it has in memory beyond guest RAM, whose mapping is its largest.
     pub fn memory_mib(&self) -> Result<f64> {
         let maps = std::fs::read_to_string(format!("/proc/{}/smaps", self.pid()))?;

@@ -95,6 +95,27 @@ fn kvm_root_one_vcpu_takeover() -> Result<()> {
 }
 
 #[test]
+fn kvm_root_a_vcpus_affinity_is_kept_after_a_takeover() -> Result<()> {
+    let mut bed = Bed::new(Options {
+        affinity: "[1@[0,1023]]",
+        ..Options::default()
+    })?;
+    let mut primary = bed.boot(Side::A)?;
+    let anywhere = primary.vmm.cpus_of_thread("vcpu0")?;
+    ensure!(anywhere != "0", "this needs two processors");
+    let mut loads = Loads::start(&bed, &loads::model(&bed), &loads::Options::everything(7))?;
+    let mut backup = bed.backup(Side::B)?;
+    bed.protect(&mut primary, &mut backup)?;
+    for host in [&primary, &backup] {
+        ensure!(host.vmm.cpus_of_thread("vcpu0")? == anywhere, "vCPU 0 is not free");
+        ensure!(host.vmm.cpus_of_thread("vcpu1")? == "0", "vCPU 1 is not pinned");
+    }
+    failover::kill(&mut primary, &mut backup, &loads)?;
+    loads.verify(&backup.disk)?;
+    loads.stop().map(drop)
+}
+
+#[test]
 fn kvm_root_backups_killed_and_replaced() -> Result<()> {
     let mut bed = Bed::new(Options::default())?;
     let mut results = Results::default();

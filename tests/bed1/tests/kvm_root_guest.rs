@@ -48,6 +48,28 @@ fn kvm_root_two_vcpus_serve_and_power_off() -> Result<()> {
 }
 
 #[test]
+fn kvm_root_a_vcpu_for_a_cpu_that_the_host_lacks_does_not_boot() -> Result<()> {
+    let mut bed = Bed::new(Options {
+        affinity: "[0@[0],1@[1023]]",
+        ..Options::default()
+    })?;
+    let serial = bed.dir.join("serial");
+    let args = bed.vm_args(Side::A, &serial)?;
+    let failed = match bed.start(Side::A, &args) {
+        Ok(mut host) => {
+            ensure!(!host.vmm.wait_end(END_LIMIT)?, "the VMM ended well");
+            host.vmm.tail()
+        }
+        Err(e) => format!("{e:#}"),
+    };
+    ensure!(
+        failed.contains("vCPU 1 cannot run on the host's CPUs [1023]"),
+        "{failed}"
+    );
+    Ok(())
+}
+
+#[test]
 fn kvm_root_polling_guest_serves() -> Result<()> {
     let mut bed = Bed::new(Options {
         vcpus: 1,
