@@ -1,6 +1,7 @@
 //! What a device model implements, and what it is given while it works.
 
 use std::os::fd::RawFd;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use crate::GuestMemory;
 use crate::interrupt::Interrupts;
@@ -46,9 +47,15 @@ pub struct Io<'a> {
     pub(crate) memory: &'a GuestMemory,
     pub(crate) rings: &'a mut [Ring],
     pub(crate) interrupts: &'a Interrupts,
+    pub(crate) contenders: &'a AtomicU32,
 }
 
 impl Io<'_> {
+    /// Whether somebody waits for the device, for a checkpoint perhaps: more of a batch is better left for later.
+    pub(crate) fn is_wanted(&self) -> bool {
+        self.contenders.load(Ordering::Acquire) > 0
+    }
+
     /// Publishes used buffers of queue `index` and interrupts the driver when it wants that.
     pub(crate) fn finish(&mut self, index: usize) -> Result<(), QueueError> {
         let ring = &mut self.rings[index];

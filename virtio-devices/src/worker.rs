@@ -133,7 +133,13 @@ pub(crate) fn round<M: Model>(device: &Device<M>, ready: &mut Ready, wait: bool)
     if core.stop {
         return Round::End;
     }
-    core.serve(&device.id, &device.memory, &device.interrupts, ready);
+    core.serve(
+        &device.id,
+        &device.memory,
+        &device.interrupts,
+        &device.contenders,
+        ready,
+    );
     device.watch(&mut core);
     Round::Served
 }

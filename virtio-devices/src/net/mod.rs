@@ -139,7 +139,7 @@ impl Net {
         self.blocked = false;
         let mut served = 0;
         let more = loop {
-            if served == BATCH {
+            if served == BATCH || (served > 0 && io.is_wanted()) {
                 break true;
             }
             if !io.rings[TX].pop(io.memory, &mut self.sent)? {

@@ -208,7 +208,7 @@ impl Receiver {
         io.rings[RX].disable_kicks(io.memory)?;
         let mut served = 0;
         let more = loop {
-            if served == BATCH {
+            if served == BATCH || (served > 0 && io.is_wanted()) {
                 break true;
             }
             served += 1;

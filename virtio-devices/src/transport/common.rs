@@ -1,6 +1,7 @@
 //! The device's core behind its lock, and the common configuration structure (virtio 1.3, 4.1.4.3) on it.
 
 use std::os::fd::RawFd;
+use std::sync::atomic::AtomicU32;
 
 use crate::interrupt::Interrupts;
 use crate::model::{Io, Model, Ready};
@@ -118,8 +119,15 @@ impl<M: Model> Core<M> {
         Ok(())
     }
 
-    /// Serves what is ready; the worker calls this.
-    pub(crate) fn serve(&mut self, id: &str, memory: &GuestMemory, interrupts: &Interrupts, ready: &mut Ready) {
+    /// Serves what is ready; the worker calls this. `contenders` wait for the device.
+    pub(crate) fn serve(
+        &mut self,
+        id: &str,
+        memory: &GuestMemory,
+        interrupts: &Interrupts,
+        contenders: &AtomicU32,
+        ready: &mut Ready,
+    ) {
         if std::mem::take(&mut self.full_pass) {
             *ready = Ready::ALL;
         }
@@ -134,6 +142,7 @@ impl<M: Model> Core<M> {
             memory,
             rings,
             interrupts,
+            contenders,
         };
         if let Err(e) = self.model.serve(&mut io, ready) {
             *ready = Ready::default();
@@ -148,6 +157,7 @@ impl<M: Model> Core<M> {
             memory,
             rings,
             interrupts,
+            contenders: &AtomicU32::new(0),
         };
         if let Err(e) = self.model.quiesce(&mut io) {
             self.fail(id, e, memory, interrupts);

@@ -73,7 +73,7 @@ pub(crate) struct Device<M> {
     core: Mutex<Core<M>>,
     pub(crate) memory: Arc<GuestMemory>,
     /// Others than the worker that wait for `core`.
-    contenders: AtomicU32,
+    pub(crate) contenders: AtomicU32,
     /// Signalled when a hold on the device ends.
     pub(crate) released: Condvar,
     pub(crate) interrupts: Interrupts,
