@@ -187,10 +187,10 @@ pub trait Protected: Send + Sync {
     /// Appends the runs of pages written since the last call (vCPUs' and the VMM's own writes), ascending, and clears
     /// the log. Without `hot`, hot pages are left to the next call with it. May be called while the VM runs or is paused.
     fn harvest_dirty(&self, hot: bool, out: &mut Vec<PageRun>) -> Result<(), MachineError>;
-    /// With `keep`, pages that are written all the time may be hot: reported by every harvest with `hot`, written or not. The
-    /// pages `cold` are not written any more: they are to be reported when they are. Only while paused, before the harvest.
-    /// How many are hot.
-    fn hot_pages(&self, _keep: bool, _cold: &[u64]) -> Result<u64, MachineError> {
+    /// Up to `most` pages that are written all the time may be hot (those that are stay): reported by every harvest with
+    /// `hot`, written or not. The pages `cold` are not written any more: they are to be reported when they are. Only while
+    /// paused, before the harvest. How many are hot.
+    fn hot_pages(&self, _most: usize, _cold: &[u64]) -> Result<u64, MachineError> {
         Ok(0)
     }
     /// Copies guest RAM; `buf.len()` bytes from `gpa` on.
@@ -201,8 +201,9 @@ pub trait Protected: Send + Sync {
     /// Appends the (offset, length) ranges of a disk that were changed since the last call, ascending, and clears them.
     /// While an interposer is attached no blocks are tracked: it logs the changes themselves.
     fn harvest_dirty_blocks(&self, disk: u16, out: &mut Vec<(u64, u64)>) -> Result<(), MachineError>;
-    /// Gets every vCPU out of the guest and every device worker to a request boundary.
-    fn pause(&self) -> Result<(), MachineError>;
+    /// Gets every vCPU out of the guest and every device worker to a request boundary. With `hurry` vCPUs go before other
+    /// threads of the host at once, else only when they are late. Whether one was: because it waited for a processor.
+    fn pause(&self, hurry: bool) -> Result<bool, MachineError>;
     /// Complete state but for RAM and disks: vCPUs, interrupt controllers, clocks, devices. Only while paused.
     fn save_state(&self) -> Result<SavedState, MachineError>;
     /// Lets the guest run on.

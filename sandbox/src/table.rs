@@ -306,6 +306,7 @@ const RUN: &[Call] = &[kvm(0x80)];
 const VCPU_STATE: &[Call] = &[
     // Its own.
     masked(libc::SYS_sched_setaffinity, 0, 0xffff_ffff, 0),
+    LOWER,
     // Registers, segment registers, MSRs, local APIC.
     kvm(0x81),
     kvm(0x83),
@@ -342,6 +343,15 @@ const TERMINAL: &[Call] = &[ioctl(libc::TIOCGPGRP), call(libc::SYS_getpgrp)];
 /// Asking an arbiter in etcd: connections, certificates. Names are looked up on a thread of the library's own, which has
 /// this thread's filter.
 const ASK_ETCD: &[&[Call]] = &[WAIT, STREAM, CONNECT, FILES, START_THREADS];
+
+/// Taking real-time priority, and giving it to a vCPU's thread.
+const HURRY: &[Call] = &[
+    masked(libc::SYS_sched_setscheduler, 1, 0xffff_ffff, libc::SCHED_FIFO as u64),
+    LOWER,
+];
+
+/// Giving it back.
+const LOWER: Call = masked(libc::SYS_sched_setscheduler, 1, 0xffff_ffff, libc::SCHED_OTHER as u64);
 
 /// Groups of whoever builds, resets, restores or ends virtual machines.
 const MACHINE: &[&[Call]] = &[
@@ -382,7 +392,7 @@ pub fn calls(kind: ThreadKind) -> Vec<Call> {
         Kind::Virtio => vec![EVERY, WAIT, FILE_IO, DEVICE],
         Kind::DiskIo | Kind::FtAudit => vec![EVERY, FILE_IO],
         Kind::Announce => vec![EVERY, DEVICE],
-        Kind::FtControl => vec![EVERY, STREAM, FILE_IO, DISK_LOCKS, DEVICE, KVM],
+        Kind::FtControl => vec![EVERY, STREAM, FILE_IO, DISK_LOCKS, DEVICE, KVM, HURRY],
         // Any of them may release outputs: frames and console bytes, which are written to what is open.
         Kind::FtReceiver | Kind::FtSender | Kind::FtPulse => vec![EVERY, STREAM, DISK_LOCKS],
         Kind::FtDisks => vec![EVERY, STREAM, FILE_IO, DISK_LOCKS],

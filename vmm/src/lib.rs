@@ -18,6 +18,7 @@ pub mod ft;
 pub mod interrupts;
 pub mod landlock;
 pub mod memory;
+mod passage;
 pub mod plugin;
 pub mod service;
 pub mod snapshot;

@@ -2,11 +2,12 @@
 //!
 //! Each vCPU has a thread that holds the vCPU's mutex while the guest runs and gives it back while it is parked; whoever
 //! pauses the VM may then take the mutex to save or load state. Lock order: `Shared::control`, never while holding a
-//! vCPU. A parked thread waits on a condition variable; a kick gets a running one out of the guest.
+//! vCPU; then a `Passage`. A parked thread waits on a condition variable; a kick gets a running one out of the guest.
 //!
 //! For a checkpoint each thread reads its vCPU's state itself, all at the same time, once all vCPUs are out of the guest
 //! (none can send another an interrupt that the state of neither would have). Guest RAM stands still from then on too, so
-//! whoever paused the VM goes on without waiting for the states.
+//! whoever paused the VM goes on without waiting for the states. A thread that is late, because it has no processor, gets
+//! real-time priority until it has done that: the whole VM waits for it.
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
@@ -21,6 +22,7 @@ use sandbox::ThreadKind;
 use thiserror::Error;
 
 use crate::interrupts::lock;
+use crate::passage::Passage;
 
 /// Errors of running vCPUs.
 #[derive(Debug, Error)]
@@ -89,28 +91,48 @@ struct Shared {
     save: AtomicBool,
     /// vCPUs that are in the guest, or on their way there.
     inside: AtomicUsize,
+    /// Of each vCPU.
+    passages: Vec<Passage>,
     /// Signalled when `target` changes.
     changed: Condvar,
     /// Signalled when all are parked, or one ends.
     all_parked: Condvar,
 }
 
+/// A vCPU that has a processor is out of the guest sooner.
+const LATE: Duration = Duration::from_micros(100);
+
 /// Longest wait of a vCPU thread for the other vCPUs to leave the guest. Beyond it one is busy with a long access to a
 /// device; then the states are read by whoever asks for them.
 const ALL_OUT: Duration = Duration::from_millis(2);
 
 impl Shared {
-    /// Waits until no vCPU is in the guest. They are on their way out, so this is short and not worth a sleep.
-    fn all_out(&self) -> bool {
+    /// Waits until no vCPU is in the guest, but not longer than `limit`. They are on their way out, so this is short and not
+    /// worth a sleep.
+    fn all_out(&self, limit: Duration) -> bool {
         let began = Instant::now();
         while self.inside.load(Ordering::SeqCst) > 0 {
-            if began.elapsed() > ALL_OUT {
+            if began.elapsed() > limit {
                 return false;
             }
             std::thread::yield_now();
         }
         true
     }
+
+    fn hasten(&self) {
+        self.passages.iter().for_each(Passage::hasten);
+    }
+}
+
+/// How vCPUs are paused.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Pause {
+    /// Each thread reads its vCPU's state before it parks, in parallel, for [`Vcpus::states`], which waits for that:
+    /// [`Vcpus::pause`] returns as soon as all are out of the guest. Devices must be held then.
+    pub save: bool,
+    /// With `save`: threads go before others of the host at once, not only when they are late.
+    pub hurry: bool,
 }
 
 /// All vCPUs of a VM. Made parked.
@@ -135,6 +157,7 @@ impl Vcpus {
             }),
             save: AtomicBool::new(false),
             inside: AtomicUsize::new(0),
+            passages: vcpus.iter().map(|_| Passage::default()).collect(),
             changed: Condvar::new(),
             all_parked: Condvar::new(),
         });
@@ -181,24 +204,35 @@ impl Vcpus {
         self.vcpus.is_empty()
     }
 
-    /// Gets every vCPU out of the guest and waits until all are parked; their I/O instructions are complete. With `save`
-    /// each thread reads its vCPU's state before it parks, in parallel, for [`Vcpus::states`], which waits for that: this
-    /// returns as soon as all are out of the guest. Devices must be held then.
-    pub fn pause(&self, save: bool) {
+    /// Gets every vCPU out of the guest and waits until all are parked; their I/O instructions are complete. Whether one was
+    /// late, if that was looked at.
+    pub fn pause(&self, how: Pause) -> bool {
         let mut control = lock(&self.shared.control);
         if control.target == Target::Run {
             control.target = Target::Park;
-            self.shared.save.store(save, Ordering::SeqCst);
+            self.shared.save.store(how.save, Ordering::SeqCst);
             for kicker in &control.kickers {
                 kicker.kick();
             }
             self.shared.changed.notify_all();
         }
         drop(control);
-        // Its vCPU is still held by a thread that was inside, until it has read the state.
-        if !save || !self.shared.all_out() {
+        if !how.save {
             self.wait_parked();
+            return false;
         }
+        if how.hurry {
+            self.shared.hasten();
+        }
+        let late = !self.shared.all_out(LATE);
+        if late {
+            self.shared.hasten();
+            // Its vCPU is still held by a thread that was inside, until it has read the state.
+            if !self.shared.all_out(ALL_OUT) {
+                self.wait_parked();
+            }
+        }
+        late
     }
 
     fn wait_parked(&self) {
@@ -306,7 +340,7 @@ fn pin(host_cpus: &[u16]) -> std::io::Result<()> {
 }
 
 /// Parks as long as asked. True: the thread counts as inside of the guest now; false: it must end.
-fn wait_for_run(shared: &Shared, kicker: &dyn VcpuKicker) -> bool {
+fn wait_for_run(index: usize, shared: &Shared, kicker: &dyn VcpuKicker) -> bool {
     let mut control = lock(&shared.control);
     let mut counted = false;
     loop {
@@ -315,6 +349,7 @@ fn wait_for_run(shared: &Shared, kicker: &dyn VcpuKicker) -> bool {
                 // Under the lock: a kick that follows a later change of `target` is not lost, and whoever changes it then
                 // waits for this thread to come out of the guest.
                 kicker.clear();
+                shared.passages[index].enter();
                 shared.inside.fetch_add(1, Ordering::SeqCst);
                 break;
             }
@@ -343,14 +378,14 @@ fn vcpu_thread(index: usize, vcpu: &Mutex<Box<dyn Vcpu>>, shared: &Shared, exits
     // As of which load of states this vCPU cannot go on. Only another state (a reset) changes that: the VM may be held and
     // let go (a checkpoint) before somebody handles the event, and what KVM runs after a triple fault is anything.
     let mut fallen = None;
-    while wait_for_run(shared, kicker.as_ref()) {
+    while wait_for_run(index, shared, kicker.as_ref()) {
         let loads = lock(&shared.control).loads;
         if fallen != Some(loads) {
             let mut held = lock(vcpu);
             let outcome = run_until_kicked(held.as_mut(), exits);
             shared.inside.fetch_sub(1, Ordering::SeqCst);
             match &outcome {
-                Ok(Left::Kicked) if shared.save.load(Ordering::SeqCst) && shared.all_out() => {
+                Ok(Left::Kicked) if shared.save.load(Ordering::SeqCst) && shared.all_out(ALL_OUT) => {
                     if let Err(e) = held.presave() {
                         log::debug!("vCPU {index}: its state is not read ahead: {e}");
                     }
@@ -359,6 +394,7 @@ fn vcpu_thread(index: usize, vcpu: &Mutex<Box<dyn Vcpu>>, shared: &Shared, exits
                 _ => {}
             }
             drop(held);
+            shared.passages[index].leave();
             match outcome {
                 Ok(Left::Kicked) => continue,
                 Ok(Left::Reset | Left::TripleFault) => exits.events.reset(),
@@ -367,6 +403,7 @@ fn vcpu_thread(index: usize, vcpu: &Mutex<Box<dyn Vcpu>>, shared: &Shared, exits
             fallen = Some(loads);
         } else {
             shared.inside.fetch_sub(1, Ordering::SeqCst);
+            shared.passages[index].leave();
         }
         let mut control = lock(&shared.control);
         while control.target == Target::Run {

@@ -18,7 +18,7 @@ use crate::interrupts::{Router, lock};
 use crate::landlock::Landlock;
 use crate::memory::{self, GuestRam};
 use crate::state::{self, PowerRequest, VmState};
-use crate::vcpus::{self, Exits, GuestEvents, Vcpus};
+use crate::vcpus::{self, Exits, GuestEvents, Pause, Vcpus};
 
 /// Errors of a VM's life.
 #[derive(Debug, Error)]
@@ -327,11 +327,16 @@ impl Vm {
 
     /// Holds the VM still: every vCPU out of the guest, every device at a request boundary. Idempotent for a holder.
     pub fn pause(&self, holder: Holder) -> Result<(), Error> {
-        self.hold(&mut lock(&self.run), holder);
+        self.hold(&mut lock(&self.run), holder, Pause::default());
         Ok(())
     }
 
-    fn hold(&self, run: &mut Run, holder: Holder) {
+    /// The same for [`Holder::Ft`], with the vCPUs' states read at once. Whether a vCPU was late, see [`Vcpus::pause`].
+    pub fn pause_for_checkpoint(&self, hurry: bool) -> bool {
+        self.hold(&mut lock(&self.run), Holder::Ft, Pause { save: true, hurry })
+    }
+
+    fn hold(&self, run: &mut Run, holder: Holder, how: Pause) -> bool {
         let before = run.holders;
         run.holders |= holder as u8;
         if holder == Holder::User {
@@ -342,9 +347,10 @@ impl Vm {
             self.devices.pause();
         }
         if before == 0 {
-            run.presaved = holder == Holder::Ft;
-            self.vcpus.pause(run.presaved);
+            run.presaved = how.save;
+            return self.vcpus.pause(how);
         }
+        false
     }
 
     /// Takes a hold back; the VM runs when it was the last.
@@ -384,7 +390,7 @@ impl Vm {
         let before = run.holders;
         run.holders |= holder as u8;
         if before == 0 {
-            self.vcpus.pause(false);
+            self.vcpus.pause(Pause::default());
         }
     }
 
@@ -421,7 +427,7 @@ impl Vm {
     /// Holds the VM still for ever: this host lost or gave away the right to run it (rule R4).
     pub fn stop_for_good(&self, reason: &str) {
         let mut run = lock(&self.run);
-        self.hold(&mut run, Holder::Stopped);
+        self.hold(&mut run, Holder::Stopped, Pause::default());
         self.stopped.get_or_init(|| reason.to_string());
         self.released.notify_all();
     }
@@ -477,7 +483,7 @@ impl Vm {
     /// was or as it will be, never half of it (R2): one under way is waited for, the next one waits for this.
     pub fn reset(&self) -> Result<(), Error> {
         let mut run = lock(&self.run);
-        self.hold(&mut run, Holder::Vmm);
+        self.hold(&mut run, Holder::Vmm, Pause::default());
         while run.holders & Holder::Ft as u8 != 0 && self.stopped.get().is_none() {
             run = self.released.wait(run).unwrap_or_else(PoisonError::into_inner);
         }

@@ -27,6 +27,16 @@ const AHEAD: f64 = 128.0;
 /// With more pages written than this, most are not hot ones, and comparing them takes longer than it saves.
 const MOST_COMPARED: u64 = 4096;
 
+/// Pages that may be hot. Each is compared or copied in every pause (0.1 to 0.4 us).
+const HOT_PAGES: usize = 1024;
+
+/// The same while epochs are short: with a fault for each page (10 us and more) in each of them a stream, whose buffers have
+/// some megabytes, would get nothing else done.
+const HOT_PAGES_IN_SHORT: usize = 4096;
+
+/// Longest epoch that is short.
+const SHORT: Duration = Duration::from_millis(20);
+
 /// Passes of that kind.
 const MAX_PASSES: u32 = 4;
 
@@ -115,8 +125,13 @@ impl Controller {
         let cut = session.interposer.cut();
         let epoch_time = begin.saturating_duration_since(self.epoch_began);
         let sent = &mut self.encoder.sent;
-        // Whether a page was written is found out by comparing it.
-        let hot = machine.hot_pages(sent.is_on(), &sent.take_cold())?;
+        let most_hot = match sent.is_on() {
+            // Whether a hot page was written is found out by comparing it.
+            false => 0,
+            true if epoch_time < SHORT => HOT_PAGES_IN_SHORT,
+            true => HOT_PAGES,
+        };
+        let hot = machine.hot_pages(most_hot, &sent.take_cold())?;
         self.copy_written(true)?;
         let count = self.stage.pages() + self.same;
         let bytes = count as usize * PAGE_SIZE;

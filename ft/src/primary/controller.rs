@@ -9,6 +9,8 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use sandbox::priority::Hurry;
+
 use super::precopy;
 use super::session::{Session, lock};
 use super::stage::Stage;
@@ -37,6 +39,10 @@ pub(super) struct Controller {
     pub(super) state_len: u64,
     pub(super) epoch_began: Instant,
     todo: VecDeque<Action>,
+    /// While the guest stands still for a checkpoint.
+    hurry: Option<Hurry>,
+    /// Checkpoints that go before what else the host does.
+    rush: u32,
     paused: bool,
     tracking: bool,
     attached: bool,
@@ -45,6 +51,9 @@ pub(super) struct Controller {
     /// The last action was done: nothing more to do.
     done: bool,
 }
+
+/// Checkpoints that are hurried once a vCPU waited for a processor. Where none does that costs more than it brings.
+const RUSH: u32 = 32;
 
 /// Timers of this thread fire when they should; the default slack of 50 us is a good part of an epoch.
 fn sharpen_timers() {
@@ -67,6 +76,8 @@ pub(super) fn run(session: &Arc<Session>) {
         state_len: 0,
         epoch_began: Instant::now(),
         todo: VecDeque::new(),
+        hurry: None,
+        rush: 0,
         paused: false,
         tracking: false,
         attached: false,
@@ -217,15 +228,26 @@ impl Controller {
         self.copy_ahead()?;
         self.fit_cache();
         let begin = Instant::now();
-        self.pause()?;
-        self.checkpoint(begin)
+        if self.rush > 0 {
+            self.rush -= 1;
+            self.hurry = Hurry::begin();
+        }
+        let taken = self
+            .pause()
+            .map_err(BeginError::from)
+            .and_then(|()| self.checkpoint(begin));
+        self.hurry = None;
+        taken
     }
 
     pub(super) fn pause(&mut self) -> Result<(), MachineError> {
         if !self.paused {
             self.session.interposer.begin_cut();
-            self.session.machine.pause()?;
+            let late = self.session.machine.pause(self.hurry.is_some())?;
             self.paused = true;
+            if late {
+                self.rush = RUSH;
+            }
         }
         Ok(())
     }
@@ -238,6 +260,7 @@ impl Controller {
                 log::error!("ft: the VM does not resume: {e}");
             }
         }
+        self.hurry = None;
         self.epoch_began = Instant::now();
     }
 

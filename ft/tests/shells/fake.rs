@@ -415,10 +415,10 @@ impl Protected for FakeVm {
         Ok(())
     }
 
-    fn pause(&self) -> Result<(), MachineError> {
+    fn pause(&self, _: bool) -> Result<bool, MachineError> {
         assert!(!self.is_paused() || self.stop_reason().is_some(), "pauses do not nest");
         self.hold();
-        Ok(())
+        Ok(false)
     }
 
     fn save_state(&self) -> Result<SavedState, MachineError> {

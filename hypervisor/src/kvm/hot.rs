@@ -16,7 +16,7 @@ pub(super) const NO_SLOT: u32 = 0xffff;
 pub(super) type Page = (u32, u64);
 
 /// Pages whose last writes are remembered; a page may push another out.
-const REMEMBERED: usize = 4096;
+const REMEMBERED: usize = 16384;
 
 /// Harvests that a page may miss and still count as written all the time: a fault costs more than so many comparisons.
 const MISSED: u64 = 32;

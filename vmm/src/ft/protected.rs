@@ -35,9 +35,6 @@ pub(super) fn no_disk(disk: u16) -> MachineError {
 /// Full period of one slow-down cycle: the guest runs a share of it and stands still for the rest.
 const THROTTLE_PERIOD: Duration = Duration::from_millis(10);
 
-/// Pages that may be left writable all the time. All of them are copied in each pause (0.1 us each, about).
-const HOT_PAGES: usize = 1024;
-
 #[derive(Default)]
 struct Wraps {
     nets: Vec<Slot<dyn NetBackend>>,
@@ -225,8 +222,7 @@ impl Protected for ProtectedVm {
         Ok(())
     }
 
-    fn hot_pages(&self, keep: bool, cold: &[u64]) -> Result<u64, MachineError> {
-        let most = if keep { HOT_PAGES } else { 0 };
+    fn hot_pages(&self, most: usize, cold: &[u64]) -> Result<u64, MachineError> {
         let hot = self.vm.kvm().keep_hot(most, cold).map_err(machine_error)?;
         Ok(hot as u64)
     }
@@ -245,8 +241,8 @@ impl Protected for ProtectedVm {
         Ok(())
     }
 
-    fn pause(&self) -> Result<(), MachineError> {
-        self.vm.pause(Holder::Ft).map_err(machine_error)
+    fn pause(&self, hurry: bool) -> Result<bool, MachineError> {
+        Ok(self.vm.pause_for_checkpoint(hurry))
     }
 
     fn save_state(&self) -> Result<SavedState, MachineError> {
