@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use sandbox::priority::Hurry;
 
 use super::precopy;
+use super::rush::Rush;
 use super::session::{Session, lock};
 use super::stage::Stage;
 use crate::audit::ram::Auditor;
@@ -41,8 +42,7 @@ pub(super) struct Controller {
     todo: VecDeque<Action>,
     /// While the guest stands still for a checkpoint.
     hurry: Option<Hurry>,
-    /// Checkpoints that go before what else the host does.
-    rush: u32,
+    rush: Rush,
     paused: bool,
     tracking: bool,
     attached: bool,
@@ -51,9 +51,6 @@ pub(super) struct Controller {
     /// The last action was done: nothing more to do.
     done: bool,
 }
-
-/// Checkpoints that are hurried once a vCPU waited for a processor. Where none does that costs more than it brings.
-const RUSH: u32 = 32;
 
 /// Timers of this thread fire when they should; the default slack of 50 us is a good part of an epoch.
 fn sharpen_timers() {
@@ -77,7 +74,7 @@ pub(super) fn run(session: &Arc<Session>) {
         epoch_began: Instant::now(),
         todo: VecDeque::new(),
         hurry: None,
-        rush: 0,
+        rush: Rush::default(),
         paused: false,
         tracking: false,
         attached: false,
@@ -228,10 +225,7 @@ impl Controller {
         self.copy_ahead()?;
         self.fit_cache();
         let begin = Instant::now();
-        if self.rush > 0 {
-            self.rush -= 1;
-            self.hurry = Hurry::begin();
-        }
+        self.hurry = if self.rush.is_on() { Hurry::begin() } else { None };
         let taken = self
             .pause()
             .map_err(BeginError::from)
@@ -245,9 +239,7 @@ impl Controller {
             self.session.interposer.begin_cut();
             let late = self.session.machine.pause(self.hurry.is_some())?;
             self.paused = true;
-            if late {
-                self.rush = RUSH;
-            }
+            self.rush.note(late);
         }
         Ok(())
     }

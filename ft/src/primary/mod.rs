@@ -4,7 +4,8 @@
 //!   operator's handle;
 //! * `session`: what the threads share: the protocol core and who performs its actions;
 //! * `controller`: the thread that copies (pre-copy, checkpoints) and that alone pauses and resumes the VM;
-//! * `precopy`, `checkpoint`: what it does in the two stages; `repair`: what it sends anew;
+//! * `precopy`, `checkpoint`: what it does in the two stages; `repair`: what it sends anew; `rush`: when checkpoints go before
+//!   what else the host does;
 //! * `disks`: the thread that writes to shared disks what may be written;
 //! * `metrics`: measures for `ft info`; `report`: what is told of a session.
 //!
@@ -23,6 +24,7 @@ pub mod metrics;
 pub mod precopy;
 mod repair;
 mod report;
+mod rush;
 pub mod session;
 mod stage;
 
