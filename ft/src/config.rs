@@ -176,7 +176,7 @@ pub struct FtLimits {
 impl Default for FtLimits {
     fn default() -> Self {
         Self {
-            max_epoch_ms: 100,
+            max_epoch_ms: 200,
             min_epoch_us: 200,
             max_epoch_mib: 64,
             overhead_percent: 100,

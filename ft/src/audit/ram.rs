@@ -10,7 +10,7 @@ use super::PageSum;
 use crate::machine::{MachineError, PAGE_SIZE, Protected};
 
 /// Most that is looked at in one go, in seconds of the rate: an idle VM makes an epoch in about this time.
-const AT_ONCE: f64 = 0.1;
+const AT_ONCE: f64 = 0.2;
 
 /// Owned by the controller thread.
 #[derive(Debug)]

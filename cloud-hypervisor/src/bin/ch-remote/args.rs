@@ -100,7 +100,7 @@ pub enum FtCommand {
     Failover,
     /// Change limits while the VM is protected; without settings, show them
     Config {
-        /// Limits as KEY=VALUE: max_epoch_ms (1-10000, default 100): longest epoch; min_epoch_us (0-1000000, 200):
+        /// Limits as KEY=VALUE: max_epoch_ms (1-10000, default 200): longest epoch; min_epoch_us (0-1000000, 200):
         /// shortest epoch; max_epoch_mib (1-65536, 64): data that ends an epoch; overhead_percent (1-100, 100 = no
         /// bound): share of the time that checkpoints may take, epochs become as long as that needs; max_lag_mib
         /// (512): data not yet committed, beyond half of which the guest is slowed down; heartbeat_ms (5-10000, 50);
