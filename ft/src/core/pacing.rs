@@ -141,7 +141,10 @@ mod tests {
     use super::*;
 
     fn limits() -> Limits {
-        Limits::from(&FtLimits::default())
+        Limits {
+            max_epoch: ms(100),
+            ..Limits::from(&FtLimits::default())
+        }
     }
 
     #[test]
