@@ -148,8 +148,8 @@ pub trait Vm: Send + Sync {
     fn harvest_dirty(&self, hot: bool, out: &mut Vec<DirtyWord>) -> Result<()>;
     /// From here on up to `most` pages that are written all the time are left writable and reported by every harvest with
     /// `hot`, written or not, which saves their faults. The pages at the guest physical addresses `cold` are logged in the usual
-    /// way again, where that goes; with a `most` of 0 all are. Only while no vCPU runs and nothing else writes RAM. Does nothing where the
-    /// backend has no such thing. How many pages are hot now.
+    /// way again as soon as that costs little; with a `most` of 0 all are, where that goes. Only while no vCPU runs and nothing else
+    /// writes RAM. Does nothing where the backend has no such thing. How many pages are hot now.
     fn keep_hot(&self, most: usize, cold: &[u64]) -> Result<usize>;
     /// Makes vCPU `id`, which is also its x2APIC id.
     fn create_vcpu(&self, id: u8) -> Result<Box<dyn Vcpu>>;

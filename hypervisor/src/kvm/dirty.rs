@@ -67,9 +67,9 @@ impl Ring {
         })
     }
 
-    /// Takes every reported page; gives how many there were. Those for which `page(slot, number)` says so are not
-    /// protected when the ring is reset.
-    fn collect(&mut self, mut page: impl FnMut(u32, u64) -> bool) -> u32 {
+    /// Takes every reported page; gives how many there were. What `page` gives for one is protected when the ring is reset
+    /// (`kvm_dirty_ring_reset` reads slot and offset from the entry).
+    fn collect(&mut self, mut page: impl FnMut(Page) -> Option<Page>) -> u32 {
         let mut taken = 0;
         while taken < self.len {
             // SAFETY: `next` is below `len`, the mapping has `len` entries.
@@ -81,10 +81,9 @@ impl Ring {
             }
             // SAFETY: a dirty entry is not written by KVM until it was reset.
             let (slot, offset) = unsafe { ((*entry).slot, (*entry).offset) };
-            if page(slot & 0xffff, offset) {
-                // SAFETY: as above; KVM reads it when the ring is reset, after `flags` said that it may.
-                unsafe { (*entry).slot = NO_SLOT };
-            }
+            let (slot, offset) = page((slot & 0xffff, offset)).unwrap_or((NO_SLOT, 0));
+            // SAFETY: as above; KVM reads it when the ring is reset, after `flags` said that it may.
+            unsafe { ((*entry).slot, (*entry).offset) = (slot, offset) };
             flags.store(GFN_RESET, Ordering::Release);
             self.next = (self.next + 1) % self.len;
             taken += 1;
@@ -213,9 +212,13 @@ impl Rings {
             ..
         } = state;
         for ring in rings {
-            *open += ring.collect(|slot, page| {
-                slots.entry(slot).or_default().set(page);
-                hot.written((slot, page))
+            *open += ring.collect(|page| {
+                let protect = hot.give_back(page);
+                // What becomes cold was written perhaps since the last harvest.
+                for (slot, page) in [page].into_iter().chain(protect) {
+                    slots.entry(slot).or_default().set(page);
+                }
+                protect
             });
         }
         if state.open == 0 {
@@ -253,23 +256,24 @@ impl Rings {
         if state.incomplete { Err(Error::DirtyLog) } else { Ok(()) }
     }
 
-    /// See [`crate::Vm::keep_hot`]. `protect` takes a page's mapping away from KVM for a moment; false: it cannot, and the
-    /// page stays hot.
+    /// See [`crate::Vm::keep_hot`]. `unmap` takes the mapping of a region, given by its first page, away from KVM for a
+    /// moment; false: it cannot, and its pages stay hot.
     pub(super) fn keep_hot(
         &self,
         most: usize,
         cold: &[Page],
-        mut protect: impl FnMut(Page) -> Result<bool>,
+        mut unmap: impl FnMut(Page) -> Result<bool>,
     ) -> Result<usize> {
         let mut state = self.state();
         let State { slots, hot, .. } = &mut *state;
         hot.set_most(most);
-        let all = if most == 0 { hot.all() } else { Vec::new() };
-        for page in cold.iter().copied().chain(all) {
-            if hot.contains(page) && protect(page)? {
-                hot.cool(page);
-                // Written perhaps since the last harvest.
-                slots.entry(page.0).or_default().set(page.1);
+        hot.note_cold(cold);
+        for region in hot.cold_regions() {
+            if unmap(region)? {
+                for (slot, page) in hot.cool_region(region) {
+                    // Written perhaps since the last harvest.
+                    slots.entry(slot).or_default().set(page);
+                }
             }
         }
         Ok(hot.count())

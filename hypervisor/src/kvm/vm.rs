@@ -15,6 +15,7 @@ use kvm_ioctls::{Kvm, NoDatamatch, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::dirty::Rings;
+use super::hot::REGION;
 use super::vcpu::KvmVcpu;
 use crate::error::{Error, Result, ioctl};
 use crate::{
@@ -109,13 +110,13 @@ impl KvmVm {
     }
 }
 
-/// Takes a page of RAM away from KVM, which maps it anew, protected, at the guest's next access. False: that does not go,
-/// as with huge pages of hugetlbfs.
-fn unmap_for_a_moment(host_addr: u64) -> Result<bool> {
+/// Takes RAM from `host_addr` on away from KVM, which maps it anew, protected, at the guest's next access. False: that does not
+/// go, as with huge pages of hugetlbfs.
+fn unmap_for_a_moment(host_addr: u64, len: u64) -> Result<bool> {
     let protect = |protection| {
-        // SAFETY: the page is part of a slot, which stays mapped and writable (see `MemorySlot::host_addr`); that nobody
+        // SAFETY: the pages are part of a slot, which stays mapped and writable (see `MemorySlot::host_addr`); that nobody
         // writes it meanwhile is the contract of `Vm::keep_hot`. Content is not changed.
-        unsafe { libc::mprotect(host_addr as *mut libc::c_void, PAGE_SIZE as usize, protection) == 0 }
+        unsafe { libc::mprotect(host_addr as *mut libc::c_void, len as usize, protection) == 0 }
     };
     if !protect(libc::PROT_READ) {
         return Ok(false);
@@ -124,7 +125,7 @@ fn unmap_for_a_moment(host_addr: u64) -> Result<bool> {
         return Ok(true);
     }
     Err(Error::Ioctl {
-        what: "make a page of RAM writable again",
+        what: "make RAM writable again",
         source: std::io::Error::last_os_error(),
     })
 }
@@ -204,7 +205,11 @@ impl Vm for KvmVm {
         };
         let cold: Vec<_> = cold.iter().filter_map(page).collect();
         rings.keep_hot(most, &cold, |(slot, page)| match slots.slots.get(&slot) {
-            Some(slot) => unmap_for_a_moment(slot.host_addr + page * PAGE_SIZE),
+            Some(slot) => {
+                let start = page * PAGE_SIZE;
+                let len = (REGION * PAGE_SIZE).min(slot.size.saturating_sub(start));
+                unmap_for_a_moment(slot.host_addr + start, len)
+            }
             None => Ok(true),
         })
     }
