@@ -213,10 +213,14 @@ impl Rings {
         } = state;
         for ring in rings {
             *open += ring.collect(|page| {
+                let mut log = |(slot, page)| slots.entry(slot).or_default().set(page);
                 let protect = hot.give_back(page);
-                // What becomes cold was written perhaps since the last harvest.
-                for (slot, page) in [page].into_iter().chain(protect) {
-                    slots.entry(slot).or_default().set(page);
+                log(page);
+                if let Some(cold) = protect
+                    && cold != page
+                {
+                    // Written perhaps since the last harvest.
+                    log(cold);
                 }
                 protect
             });
@@ -267,6 +271,10 @@ impl Rings {
         let mut state = self.state();
         let State { slots, hot, .. } = &mut *state;
         hot.set_most(most);
+        if most > 0 && cold.is_empty() {
+            // No region has more cold pages than before.
+            return Ok(hot.count());
+        }
         hot.note_cold(cold);
         for region in hot.cold_regions() {
             if unmap(region)? {
